@@ -1,0 +1,79 @@
+"""What can go wrong, as a tree.
+
+    LlmoptError            3  could not do it
+    ├── UsageError         2  the command line contradicts itself or cannot be read
+    │   └── RecipeError    2  so does a recipe
+    ├── ModelError         3  the model is missing, broken or cannot be trusted
+    │   └── UnsupportedError  3  the model is fine, but this is not something llmopt can do with it
+    ├── ArtifactError      3  an artifact is missing, broken, or would be overwritten
+    ├── FallbackError      3  a layer cannot have the scheme that was asked for
+    ├── VerificationError  3  an export does not compute what the quantized model computes
+    └── ResourceError      3  disk or memory does not suffice
+
+Each error says what happened, where, and what to do about it. Gates are results, not errors: see `llmopt.report.gates`.
+"""
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """What a process tells the shell or the CI job that started it."""
+
+    DONE = 0
+    GATE_FAILED = 1
+    USAGE = 2
+    FAILED = 3
+    INCONCLUSIVE = 4
+    INTERRUPTED = 130
+
+
+class LlmoptError(Exception):
+    """Something a person can act on. `where` names a file, tensor, line or flag; `hint` is the next thing to try."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """All three parts, one a line."""
+        parts = [self.what, f"  in: {self.where}" if self.where else "", f"  try: {self.hint}" if self.hint else ""]
+        return "\n".join(part for part in parts if part)
+
+
+class UsageError(LlmoptError):
+    """The command line contradicts itself, or names something that does not exist."""
+
+    exit_code = ExitCode.USAGE
+
+
+class RecipeError(UsageError):
+    """A recipe cannot be read or does not say something possible."""
+
+
+class ModelError(LlmoptError):
+    """The model is missing, broken, or not safe to open."""
+
+
+class UnsupportedError(ModelError):
+    """The model may be fine, but llmopt has no way to do this with it."""
+
+
+class ArtifactError(LlmoptError):
+    """An artifact is missing, damaged, or stands where another one should be written."""
+
+
+class FallbackError(LlmoptError):
+    """A layer cannot have the scheme that was asked for, and `--allow-fallback` was not given."""
+
+
+class VerificationError(LlmoptError):
+    """The exported graph does not compute what the quantized model computes."""
+
+
+class ResourceError(LlmoptError):
+    """The disk or the memory does not suffice."""

@@ -1,0 +1,1 @@
+"""Writers of artifacts that engines load."""

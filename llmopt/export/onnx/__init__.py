@@ -1,0 +1,1 @@
+"""An onnxruntime graph, built from the `ModelSpec` and written block by block."""

@@ -1,0 +1,1 @@
+"""Honest measurement: accuracy, latency, memory, each with its interval."""

@@ -1,0 +1,1 @@
+"""Models: what they are (`spec`), which families are known (`families`), and their tensors (`checkpoint`)."""
