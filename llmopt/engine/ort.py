@@ -1,0 +1,99 @@
+"""An exported model in onnxruntime, used as its users do: one KV buffer per block, shared between past and present."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime
+
+from llmopt.engine.base import Logits, TokenIds
+from llmopt.errors import ArtifactError, UsageError
+
+GRAPH = "model.onnx"
+
+
+def open_session(graph: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
+    """Open a graph on the CPU.
+
+    Raises:
+        ArtifactError: onnxruntime cannot open it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    source = str(graph) if isinstance(graph, Path) else graph
+    where = source if isinstance(source, str) else "the graph in memory"
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    # onnxruntime's own exceptions derive from Exception alone; all of them mean that the graph does not open.
+    except Exception as error:
+        raise ArtifactError(f"onnxruntime cannot open the graph: {error}", where=where) from error
+
+
+class OrtEngine:
+    """An artifact folder (or its .onnx file) on the CPU with `threads` threads; satisfies `llmopt.engine.base.Engine`.
+
+    Raises:
+        ArtifactError: there is no graph, it does not open, or its inputs are not those of a decoder.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        graph = path / GRAPH if path.is_dir() else path
+        if not graph.is_file():
+            raise ArtifactError("there is no model.onnx", where=str(path), hint="write one with `llmopt quantize`")
+        self.session = open_session(graph, threads)
+        self.name = f"onnxruntime {onnxruntime.__version__}"
+        inputs = {node.name: node for node in self.session.get_inputs()}
+        self.past_names = [name for name in inputs if name.startswith("past_key_values.")]
+        if "input_ids" not in inputs or not self.past_names:
+            raise ArtifactError("the graph is not a decoder with a KV cache", where=str(graph))
+        _, self.kv_heads, _, self.head_dim = inputs[self.past_names[0]].shape
+        self.present_names = [name.replace("past_key_values.", "present.") for name in self.past_names]
+        self.vocab_size = cast(int, next(node.shape[-1] for node in self.session.get_outputs() if node.name == "logits"))
+
+    def logits(self, ids_BT: TokenIds) -> Logits:
+        """Logits at every position, shape [batch, tokens, vocab_size]."""
+        batch, tokens = ids_BT.shape
+        empty = np.zeros((batch, self.kv_heads, 0, self.head_dim), np.float32)
+        feed: dict[str, Any] = dict.fromkeys(self.past_names, empty)
+        feed["input_ids"] = ids_BT
+        feed["attention_mask"] = np.ones((batch, tokens), np.int64)
+        return cast(Logits, self.session.run(["logits"], feed)[0])
+
+    def stream(self, capacity: int) -> "OrtStream":
+        """An empty sequence with room for `capacity` tokens."""
+        return OrtStream(self, capacity)
+
+
+class OrtStream:
+    """One sequence; its KV buffers are allocated once and written in place by the attention kernel."""
+
+    def __init__(self, engine: OrtEngine, capacity: int) -> None:
+        self.engine = engine
+        self.capacity = capacity
+        self.length = 0
+        self.mask = np.ones((1, capacity), np.int64)
+        shape: Sequence[int] = (1, engine.kv_heads, capacity, engine.head_dim)
+        self.binding = engine.session.io_binding()
+        # Past and present are the same memory: the kernel then appends instead of copying the whole cache each step.
+        for past, present in zip(engine.past_names, engine.present_names, strict=True):
+            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            self.binding.bind_ortvalue_input(past, buffer)
+            self.binding.bind_ortvalue_output(present, buffer)
+        self.binding.bind_output("logits")
+
+    def feed(self, ids_T: TokenIds) -> Logits:
+        """Append tokens, shape [T], and give the logits behind the last one, shape [vocab_size].
+
+        Raises:
+            UsageError: the tokens do not fit into the capacity.
+        """
+        total = self.length + len(ids_T)
+        if total > self.capacity:
+            raise UsageError(f"{total} tokens do not fit into a sequence of {self.capacity}")
+        self.binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids_T[None]))
+        self.binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self.mask[:, :total]))
+        self.engine.session.run_with_iobinding(self.binding)
+        self.length = total
+        return cast(Logits, self.binding.get_outputs()[-1].numpy()[0, -1])
