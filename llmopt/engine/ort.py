@@ -50,7 +50,8 @@ class OrtEngine:
             raise ArtifactError("the graph is not a decoder with a KV cache", where=str(graph))
         _, self.kv_heads, _, self.head_dim = inputs[self.past_names[0]].shape
         self.present_names = [name.replace("past_key_values.", "present.") for name in self.past_names]
-        self.vocab_size = cast(int, next(node.shape[-1] for node in self.session.get_outputs() if node.name == "logits"))
+        logits = next(node for node in self.session.get_outputs() if node.name == "logits")
+        self.vocab_size: int = logits.shape[-1]
 
     def logits(self, ids_BT: TokenIds) -> Logits:
         """Logits at every position, shape [batch, tokens, vocab_size]."""
@@ -59,7 +60,7 @@ class OrtEngine:
         feed: dict[str, Any] = dict.fromkeys(self.past_names, empty)
         feed["input_ids"] = ids_BT
         feed["attention_mask"] = np.ones((batch, tokens), np.int64)
-        return cast(Logits, self.session.run(["logits"], feed)[0])
+        return cast("Logits", self.session.run(["logits"], feed)[0])
 
     def stream(self, capacity: int) -> "OrtStream":
         """An empty sequence with room for `capacity` tokens."""
@@ -96,4 +97,4 @@ class OrtStream:
         self.binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self.mask[:, :total]))
         self.engine.session.run_with_iobinding(self.binding)
         self.length = total
-        return cast(Logits, self.binding.get_outputs()[-1].numpy()[0, -1])
+        return cast("Logits", self.binding.get_outputs()[-1].numpy()[0, -1])

@@ -1,0 +1,39 @@
+"""What a method is: the way from a weight and what is known of its inputs to integer codes."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from llmopt.quantize.scheme import Scheme
+from llmopt.quantize.weights import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputStatistics:
+    """What calibration saw enter a linear: the number of tokens and their second moment, Σ x xᵀ / tokens, [in, in]."""
+
+    tokens: int
+    second_moment_II: Tensor
+
+
+class Method(Protocol):
+    """One way to find the codes. Pure: tensors in, tensors out.
+
+    `rows_are_independent` promises that quantizing some rows gives the same as quantizing all, so that large tables
+    can be done in parts.
+    """
+
+    @property
+    def name(self) -> str:
+        """The word that people type and reports print."""
+        ...
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether any subset of rows may be quantized by itself."""
+        ...
+
+    def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
+        """Quantize one weight, [out, in] float32."""
+        ...

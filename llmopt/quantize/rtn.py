@@ -1,0 +1,39 @@
+"""Round to nearest: no calibration, each weight to the nearest point of its group's grid."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmopt.quantize.grid import asymmetric_grid, grouped, pair_safe_scales, quantize_to, symmetric_scales
+from llmopt.quantize.method import InputStatistics
+from llmopt.quantize.scheme import Scheme
+from llmopt.quantize.weights import QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rtn:
+    """Round to nearest, with each group's range searched by mean squared error below 8 bits.
+
+    At 8 bits the full range is best within the noise, and no search is made.
+    """
+
+    clip_steps: int = 8
+    clip_range: float = 0.3  # the tightest range tried is this much smaller than the full one
+    name: str = "rtn"
+    rows_are_independent: bool = True
+
+    def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
+        """Quantize one weight, [out, in] float32. `inputs` is not used: rounding looks at the weight alone."""
+        if scheme.activation_bits == 8:
+            return quantize_to(weight_OI, scheme, pair_safe_scales(weight_OI), None)
+        groups_OGS = grouped(weight_OI, scheme.group_size)
+        steps = self.clip_steps if scheme.bits < 8 else 1
+        shrinks = [1 - self.clip_range * step / steps for step in range(steps)]
+        if scheme.symmetric:
+            half = 2.0 ** (scheme.bits - 1)
+            return quantize_to(
+                weight_OI, scheme, symmetric_scales(groups_OGS, scheme.bits, (half / s for s in shrinks)), None
+            )
+        scales_OG, zero_points_OG = asymmetric_grid(groups_OGS, scheme.bits, shrinks)
+        return quantize_to(weight_OI, scheme, scales_OG, zero_points_OG.to(torch.uint8))
