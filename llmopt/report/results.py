@@ -45,7 +45,7 @@ class Delta:
     """Candidate / baseline - 1 with its 95 % interval, paired.
 
     `noise_low` and `noise_high` bound what the baseline measured against itself shows: a change inside them could not
-    have been seen. They are None where the comparison has no noise of its own (sizes; accuracy of the same bytes).
+    have been seen. They are None where the comparison has no noise of its own (sizes), or where it was not measured.
     """
 
     relative: float
@@ -53,6 +53,17 @@ class Delta:
     high: float | None = None
     noise_low: float | None = None
     noise_high: float | None = None
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest change that this comparison could have told from none; None where it has no interval.
+
+        A change is seen when its interval excludes 0 and lies outside the noise, so it is the larger half of either.
+        """
+        if self.low is None or self.high is None:
+            return None
+        noise = max(-(self.noise_low or 0.0), self.noise_high or 0.0)
+        return max(self.relative - self.low, self.high - self.relative, noise)
 
     def to_json(self) -> dict[str, Any]:
         """The form that a report holds."""
@@ -62,6 +73,7 @@ class Delta:
             "high": self.high,
             "noise_low": self.noise_low,
             "noise_high": self.noise_high,
+            "detectable": self.detectable,
         }
 
 
@@ -88,18 +100,23 @@ class LayerResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """One side of a comparison: what it is and what was measured of it. A metric that is None was not measured."""
+    """One side of a comparison: what it is and what was measured of it. A metric that is None was not measured.
+
+    `extra` holds what stands beside the metrics: tails, counts of warm-up calls. No gate can name it.
+    """
 
     name: str
     engine: str
     metrics: Mapping[str, Measurement | None]
     path: str | None = None
+    extra: Mapping[str, Measurement | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The form that a report holds: every metric is there, measured or null."""
         measured = {name: value.to_json() for name, value in self.metrics.items() if value is not None}
         metrics = {name: measured.get(name) for name in METRICS}
-        return {"name": self.name, "path": self.path, "engine": self.engine, "metrics": metrics}
+        extra = {name: value.to_json() if value else None for name, value in sorted(self.extra.items())}
+        return {"name": self.name, "path": self.path, "engine": self.engine, "metrics": metrics, "extra": extra}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
