@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmopt.model.spec import Rotary
+from llmopt.model.spec import ModelSpec, Rotary
 
 Frequencies = NDArray[np.float64]
 
@@ -47,6 +47,11 @@ def supported_length(rotary: Rotary | None, context_length: int) -> int:
     if rotary is None or rotary.kind != "longrope":
         return context_length
     return min(context_length, int(_scaling(rotary)["original_max_position_embeddings"]))
+
+
+def longest_sequence(spec: ModelSpec) -> int:
+    """How many tokens the model reads at most: its context, or what the tables of all its blocks serve."""
+    return min(supported_length(block.attention.rotary, spec.context_length) for block in spec.blocks)
 
 
 def frequencies(rotary: Rotary) -> Frequencies:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmopt.model.families import Config
-from llmopt.model.families._config import activation, dtype, eos_token_ids, positive, require_causal_lm
+from llmopt.model.families._config import activation, dtype, eos_token_ids, positive, require, require_causal_lm
 from llmopt.model.families._rope import rotary
 from llmopt.model.spec import Attention, Block, Embedding, Linear, Mlp, ModelSpec, Norm
 
@@ -75,6 +75,7 @@ def llama_like(config: Config, identity: Identity, style: Style) -> ModelSpec:
         UnsupportedError: it asks for something that a spec cannot say.
     """
     shape = Shape.read(config)
+    _refuse_other_biases(config, style)
     eps = float(config["rms_norm_eps"])
     rope = rotary(config, shape.head_dim, partial=style.partial_rotary)
     windows = style.windows or [None] * positive(config, "num_hidden_layers")
@@ -110,6 +111,13 @@ def llama_like(config: Config, identity: Identity, style: Style) -> ModelSpec:
 
     norm = Norm(name="model.norm", size=shape.hidden, eps=eps)
     return decoder(config, identity, block=block, final_norm=norm)
+
+
+def _refuse_other_biases(config: Config, style: Style) -> None:
+    if not style.qkv_bias:
+        require(config, "attention_bias", False, None)
+    if not style.mlp_bias:
+        require(config, "mlp_bias", False, None)
 
 
 def decoder(
