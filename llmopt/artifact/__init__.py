@@ -1,0 +1,34 @@
+"""The artifact folder: it appears whole or not at all, and its manifest says what made it and what it holds."""
+
+from llmopt.artifact.files import check_free_disk, to_json_text, write_json
+from llmopt.artifact.manifest import (
+    MANIFEST,
+    MODEL_CARD,
+    REPORT,
+    SCHEMA,
+    FileEntry,
+    Manifest,
+    Source,
+    load_manifest,
+    read_manifest,
+    write_manifest,
+)
+from llmopt.artifact.staging import check_destination, staged
+
+__all__ = [
+    "MANIFEST",
+    "MODEL_CARD",
+    "REPORT",
+    "SCHEMA",
+    "FileEntry",
+    "Manifest",
+    "Source",
+    "check_destination",
+    "check_free_disk",
+    "load_manifest",
+    "read_manifest",
+    "staged",
+    "to_json_text",
+    "write_json",
+    "write_manifest",
+]
