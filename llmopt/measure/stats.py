@@ -5,7 +5,7 @@ document or the round, never the token or the call. With one group there is no i
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,25 +38,26 @@ def max_percentile(n: int, confidence: float = 0.99) -> float:
     return float((1.0 - confidence) ** (1.0 / n)) if n > 0 else 0.0
 
 
-def cluster_interval(sums_CQ: Array, statistic: Statistic, seed: int) -> Interval | None:
-    """The interval of a statistic of sums, such as a ratio of two, when whole clusters are drawn again.
+def cluster_intervals(sums_CQ: Array, statistics: Sequence[Statistic], seed: int) -> tuple[Interval | None, ...]:
+    """Intervals of statistics of sums, such as a ratio of two, when whole clusters are drawn again.
 
     Args:
         sums_CQ: for each of C clusters its sums of Q quantities.
-        statistic: from totals [..., Q] to values [...].
+        statistics: each from totals [..., Q] to values [...].
         seed: of the draws; the same seed and C draw the same clusters, whatever the quantities.
 
     Returns:
-        None with fewer than two clusters. The quantiles are those of the expanded percentile interval (Hesterberg 2015,
-        "What Teachers Should Know About the Bootstrap", section 5): plain and BCa intervals are too narrow when the
-        clusters are few, because a resample of n varies less by the factor (n - 1) / n, and knows no t distribution.
+        One interval a statistic; None with fewer than two clusters. The quantiles are those of the expanded percentile
+        interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5): plain and BCa intervals
+        are too narrow when clusters are few, because the variance of a resample of n is short by the factor
+        (n - 1) / n, and because they know no t distribution.
     """
     clusters = len(sums_CQ)
     if clusters < 2:
-        return None
-    values_R = np.concatenate([statistic(weights @ sums_CQ) for weights in _cluster_weights(clusters, seed)])
+        return (None,) * len(statistics)
+    totals_RQ = np.concatenate([weights @ sums_CQ for weights in _cluster_weights(clusters, seed)])
     tail = float(ndtr(math.sqrt(clusters / (clusters - 1)) * stdtrit(clusters - 1, ERROR / 2)))
-    return _quantiles(values_R, tail)
+    return tuple(_quantiles(statistic(totals_RQ), tail) for statistic in statistics)
 
 
 def pooled_median(calls_BN: Array) -> float:
