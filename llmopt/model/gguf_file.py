@@ -1,0 +1,60 @@
+"""Models in one GGUF file, seen as the Hugging Face checkpoints that they were made from."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+from llmopt.errors import UnsupportedError
+from llmopt.model.gguf_config import FloatVector, architecture, config_from_gguf
+from llmopt.model.gguf_header import GgufHeader, read_header
+from llmopt.model.spec import ModelSpec
+from llmopt.model.stored import StoredTensor, open_file
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The Hugging Face config of the model in the file; tokens and weights are not read.
+
+    Raises:
+        ModelError: the file is damaged, or lacks a key.
+        UnsupportedError: its version, architecture or rotary scaling is not known here.
+    """
+    header = read_header(path)
+    return config_from_gguf(header, partial(_read_vector, header), where=str(path))
+
+
+def read_tables(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
+    """Every tensor of the file: by the spec's name where it has one, by its own where not.
+
+    Raises:
+        ModelError, UnsupportedError: as `read_config`.
+    """
+    header = read_header(path)
+    names = {gguf: name for name, gguf in _gguf_names(header, spec, where=str(path)).items()}
+    return {names.get(name, name): tensor for name, tensor in header.tensors.items()}
+
+
+def _gguf_names(header: GgufHeader, spec: ModelSpec, *, where: str) -> Mapping[str, str]:
+    """What the converter calls each tensor of the spec."""
+    name = architecture(header, where=where)
+    arch = next(arch for arch, arch_name in MODEL_ARCH_NAMES.items() if arch_name == name)
+    modules = get_tensor_name_map(arch, len(spec.blocks))
+    names = {}
+    for tensor in spec.tensors():
+        module, _, part = tensor.name.rpartition(".")
+        gguf_module = modules.get_name(module)
+        if gguf_module is not None:
+            names[tensor.name] = f"{gguf_module}.{part}"
+    return names
+
+
+def _read_vector(header: GgufHeader, name: str) -> FloatVector:
+    stored = header.tensors[name]
+    if stored.dtype != "F32":
+        raise UnsupportedError(f"{name} is stored as {stored.dtype}, not F32", where=str(stored.file))
+    with open_file(stored.file) as file:
+        file.seek(stored.offset)
+        return np.frombuffer(file.read(stored.size_bytes), np.float32)

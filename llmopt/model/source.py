@@ -1,0 +1,251 @@
+"""Where a model comes from: `demo`, a folder, a `.gguf` file, or the Hugging Face Hub.
+
+Opening a source reads its config, never its weights, and runs no code of the model's own.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmopt.errors import ModelError, UnsupportedError, UsageError
+from llmopt.model import safetensors_files
+from llmopt.model.families import families, spec_from_config
+from llmopt.model.json_file import read_object
+from llmopt.model.spec import ModelSpec
+from llmopt.model.stored import open_file
+from llmopt.progress import Progress, Silent
+
+DEMO = "demo"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+_GGUF = ".gguf"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_FILE_SUFFIXES = (_GGUF, *_PICKLES, ".safetensors", ".json", ".onnx")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_CONVERT = (
+    "pickled weights can run code when they are opened; in a place where you trust them, convert them: "
+    "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), then give FOLDER"
+)
+_READ_AT_ONCE = 1 << 22  # bytes
+_SILENT = Silent()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model that was found. Either `folder` or `gguf` is set; `revision` is the commit of a model from the Hub.
+
+    `trust_remote_code` is what the user typed. Nothing in here acts on it; whoever opens a tokenizer passes it on.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(repr=False)
+    spec: ModelSpec = field(repr=False)
+    generation_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    folder: Path | None = None
+    gguf: Path | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights.
+
+        Raises:
+            ModelError: there are none, or the index names one that is missing or outside the folder.
+        """
+        if self.gguf is not None:
+            return (self.gguf,)
+        assert self.folder is not None
+        return safetensors_files.weight_files(self.folder)
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, over the config and the bytes of every weight file, with their names.
+
+        Raises:
+            ModelError: a weight file is missing or cannot be read.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in self.weight_files():
+            digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+            for part in _parts(path):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """Those of the tokenizer's files that the folder holds; a GGUF file has its tokenizer inside."""
+        if self.folder is None:
+            return ()
+        paths = (self.folder / name for name in _TOKENIZER_FILES)
+        return tuple(path for path in paths if path.is_file())
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Put the tokenizer's files into `folder`: copied, or converted from what a GGUF file holds.
+
+        Raises:
+            ModelError: the model has no tokenizer, or one that transformers cannot convert.
+        """
+        if self.gguf is not None:
+            _convert_tokenizer(self.gguf, folder)
+            return
+        files = self.tokenizer_files()
+        if not files:
+            raise ModelError("the model has no tokenizer", where=str(self.folder), hint="add its tokenizer.json")
+        for path in files:
+            shutil.copyfile(path, folder / path.name)
+
+
+def open_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    progress: Progress = _SILENT,
+) -> ModelSource:
+    """Find a model and describe it. What exists on this machine is never looked for elsewhere.
+
+    Args:
+        model: `demo`, a folder, a `.gguf` file, or a name on the Hub.
+        revision: branch, tag or commit of a model on the Hub.
+        trust_remote_code: kept for those who open the tokenizer; weights and config never need it.
+        weights: whether they will be read. Without, a config is enough, and nothing else is fetched.
+        progress: where a download is announced.
+
+    Raises:
+        UsageError: a revision was given for something that is not on the Hub.
+        ModelError: the model does not exist, cannot be fetched, is pickled, or its config is damaged.
+        UnsupportedError: its family is not supported, or its weights are quantized already.
+    """
+    path = Path(model).expanduser()
+    local = model == DEMO or path.exists() or _looks_like_path(model)
+    if local and revision is not None:
+        raise UsageError("--revision names a commit on the Hub, and this model is not from there", where=model)
+    if model == DEMO:
+        from llmopt import demo  # noqa: PLC0415 (most models are not this one)
+
+        return _from_folder(model, demo.folder(), trust_remote_code=trust_remote_code)
+    if path.is_dir():
+        return _from_folder(model, path, trust_remote_code=trust_remote_code)
+    if path.is_file():
+        return _from_file(model, path)
+    if local:
+        raise ModelError("there is no such file or folder", where=model, hint="check the path")
+    return _from_hub(model, revision, trust_remote_code=trust_remote_code, weights=weights, progress=progress)
+
+
+def _looks_like_path(model: str) -> bool:
+    """A name on the Hub is `name` or `owner/name`; dots in it are common (`Qwen2.5-0.5B`), so few suffixes count."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(("/", *_FILE_SUFFIXES))
+
+
+def _from_hub(
+    model: str, revision: str | None, *, trust_remote_code: bool, weights: bool, progress: Progress
+) -> ModelSource:
+    """The config comes first: a model that cannot be used is refused before its weights are fetched."""
+    from llmopt.model import hub  # noqa: PLC0415 (huggingface_hub is needed for this only)
+
+    folder, commit = hub.fetch_config(model, revision=revision)
+    source = _from_folder(model, folder, revision=commit, trust_remote_code=trust_remote_code, weights=False)
+    if weights:
+        hub.fetch_weights(model, commit=commit, progress=progress)
+        _require_safetensors(folder, hint=f"{hub.download_hint(model, revision)}; if that changes nothing: {_CONVERT}")
+    return source
+
+
+def _from_file(model: str, path: Path) -> ModelSource:
+    if path.suffix == _GGUF:
+        from llmopt.model.gguf_file import read_config  # noqa: PLC0415 (needs gguf, which other models do not)
+
+        config = read_config(path)
+        return ModelSource(name=model, config=config, spec=spec_from_config(config, where=str(path)), gguf=path)
+    if path.suffix in _PICKLES:
+        raise ModelError("pickled weights are not opened", where=model, hint=_CONVERT)
+    hint = "give the folder it lies in" if path.suffix == ".safetensors" else "give a folder or a .gguf file"
+    raise ModelError("this file is not a model", where=model, hint=hint)
+
+
+def _from_folder(
+    model: str, folder: Path, *, trust_remote_code: bool, revision: str | None = None, weights: bool = True
+) -> ModelSource:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ModelError(f"no {CONFIG}", where=str(folder), hint=_what_else(folder))
+    config = read_object(path)
+    _require_plain(config, where=str(path))
+    if weights:
+        _require_safetensors(folder)
+    generation = folder / GENERATION_CONFIG
+    return ModelSource(
+        name=model,
+        folder=folder,
+        config=config,
+        spec=spec_from_config(config, where=str(path)),
+        generation_config=read_object(generation) if generation.is_file() else {},
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _require_plain(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse what the spec could not say: weights that are quantized, and a model that is code."""
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        hint = "give the model that it was made from"
+        what = f"the weights are already quantized ({method or 'unknown method'})"
+        raise UnsupportedError(what, where=where, hint=hint)
+    if config.get("auto_map") and config.get("model_type") not in families():
+        what = f"the model brings its own code for model_type {config.get('model_type')!r}"
+        hint = f"llmopt builds models from their config alone; it knows {', '.join(sorted(families()))}"
+        raise UnsupportedError(what, where=where, hint=hint)
+
+
+def _require_safetensors(folder: Path, *, hint: str = _CONVERT) -> None:
+    if next(folder.glob("*.safetensors"), None) or (folder / safetensors_files.INDEX).exists():
+        return
+    pickles = _pickles(folder)
+    if pickles:
+        raise ModelError("pickled weights are not opened", where=str(pickles[0]), hint=_CONVERT)
+    raise ModelError("the model has no safetensors file", where=str(folder), hint=hint)
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without a config may be."""
+    gguf = next(folder.glob(f"*{_GGUF}"), None)
+    if gguf is not None:
+        return f"give the file: {gguf}"
+    return _CONVERT if _pickles(folder) else "give a Hugging Face model folder, a .gguf file or a name on the Hub"
+
+
+def _pickles(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    with open_file(path) as file:
+        while part := file.read(_READ_AT_ONCE):
+            yield part
+
+
+def _convert_tokenizer(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer  # noqa: PLC0415 (slow to import)
+
+    try:
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+    except Exception as error:
+        what = f"transformers cannot convert the tokenizer: {error}"
+        raise ModelError(what, where=str(gguf), hint="use the model's Hugging Face folder") from error
