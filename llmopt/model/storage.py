@@ -1,0 +1,101 @@
+"""How many bytes a model takes once it is quantized and exported, before any weight is read."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmopt.model.cost import norm_tensors
+from llmopt.model.rotary import supported_length
+from llmopt.model.spec import ModelSpec
+
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearGroup:
+    """Linears that have the same place in every block, and the same shape. `pattern` has * for the block's number."""
+
+    pattern: str
+    count: int
+    out_features: int
+    in_features: int
+    tied: bool
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all of them together, biases left out; those of a tied head are the embedding's."""
+        return self.count * self.out_features * self.in_features
+
+
+class Grid(Protocol):
+    """What a scheme says about storage; `llmopt.quantize.scheme.Scheme` is one."""
+
+    @property
+    def bits(self) -> int:
+        """Bits a weight."""
+        ...
+
+    @property
+    def activation_bits(self) -> int:
+        """8 where whole rows are multiplied as integers."""
+        ...
+
+    @property
+    def group_size(self) -> int | None:
+        """Weights that share a scale; None: a row."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether zero points are left out."""
+        ...
+
+
+def linear_groups(spec: ModelSpec) -> tuple[LinearGroup, ...]:
+    """Every linear, those with the same place and shape together, in the order of computation."""
+    counts: dict[tuple[str, int, int, bool], int] = {}
+    for linear in spec.linears():
+        pattern = re.sub(r"\.\d+\.", ".*.", linear.name)
+        key = (pattern, linear.out_features, linear.in_features, linear.tied_to is not None)
+        counts[key] = counts.get(key, 0) + 1
+    return tuple(
+        LinearGroup(pattern=pattern, count=count, out_features=rows, in_features=columns, tied=tied)
+        for (pattern, rows, columns, tied), count in counts.items()
+    )
+
+
+def quantized_bytes(spec: ModelSpec, grid: Grid) -> int:
+    """Size of an exported model with every linear and the token table on `grid`, in bytes.
+
+    What stays float32: norms, biases, learned positions, and the tables of the rotary embedding. The graph's nodes
+    and file headers are left out.
+    """
+    linears = [linear for linear in spec.linears() if linear.tied_to is None]
+    table = stored_bytes(spec.vocab_size, spec.embedding.width, grid)
+    weights = sum(stored_bytes(linear.out_features, linear.in_features, grid) for linear in linears)
+    biases = sum(linear.out_features for linear in spec.linears() if linear.bias)
+    positions = spec.embedding.positions
+    floats = biases + sum(tensor.count for tensor in norm_tensors(spec)) + _rotary_values(spec)
+    floats += sum(tensor.count for tensor in positions.tensors()) if positions is not None else 0
+    return table + weights + floats * _FLOAT32_BYTES
+
+
+def stored_bytes(rows: int, columns: int, grid: Grid) -> int:
+    """One weight on `grid`: codes, a float32 scale a group, and a zero point a group where it is asymmetric.
+
+    Weight-only kernels read whole groups, so a last one that is shorter is padded; and a scheme per channel repeats
+    its scale for blocks of at most 128.
+    """
+    if grid.activation_bits == 8:
+        return rows * (columns + _FLOAT32_BYTES)
+    size = grid.group_size or next((block for block in (128, 64, 32, 16) if columns % block == 0), 32)
+    groups = math.ceil(columns / size)
+    zero_points = 0 if grid.symmetric else math.ceil(groups * grid.bits / 8)
+    return rows * (groups * size * grid.bits // 8 + groups * _FLOAT32_BYTES + zero_points)
+
+
+def _rotary_values(spec: ModelSpec) -> int:
+    """A cosine and a sine for each pair of channels and position, in every table that blocks do not share."""
+    rotaries = {block.attention.rotary for block in spec.blocks}
+    return sum(supported_length(rotary, spec.context_length) * rotary.dim for rotary in rotaries if rotary is not None)
