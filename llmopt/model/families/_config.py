@@ -32,6 +32,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "quantization_config": (None,),
     "residual_multiplier": (1.0, None),
     "use_bidirectional_attention": (False, None),
+    "use_mrope": (False, None),
 }
 
 

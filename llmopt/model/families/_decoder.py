@@ -60,7 +60,8 @@ class Shape:
         """
         hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
         kv_heads = positive(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
-        head_dim = positive(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
+        given = config.get("head_dim") is not None
+        head_dim = positive(config, "head_dim") if given else equal_heads(hidden, heads)
         if heads % kv_heads:
             raise ValueError(f"{heads} attention heads do not divide into {kv_heads} groups")
         mlp = positive(config, "intermediate_size")
@@ -187,6 +188,17 @@ def mlp_inputs(shape: Shape, prefix: str, *, bias: bool = False, fused: bool = F
 def mlp_down(shape: Shape, prefix: str, *, bias: bool = False) -> Linear:
     """down_proj."""
     return Linear(name=f"{prefix}.down_proj", out_features=shape.hidden, in_features=shape.mlp, bias=bias)
+
+
+def equal_heads(hidden: int, heads: int) -> int:
+    """Channels of a head where the heads share out the width of the model.
+
+    Raises:
+        ValueError: they do not share it equally.
+    """
+    if hidden % heads:
+        raise ValueError(f"a width of {hidden} does not divide into {heads} attention heads")
+    return hidden // heads
 
 
 def window_of(config: Config, key: str = "sliding_window") -> Window:

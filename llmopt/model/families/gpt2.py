@@ -2,7 +2,7 @@
 
 from llmopt.model.families import Config, Family
 from llmopt.model.families._config import activation, positive
-from llmopt.model.families._decoder import Identity, decoder
+from llmopt.model.families._decoder import Identity, decoder, equal_heads
 from llmopt.model.families._gguf import Array
 from llmopt.model.spec import Attention, Block, Embedding, Linear, Mlp, ModelSpec, Norm, Positions
 
@@ -21,6 +21,7 @@ _DEFAULTS = {
 def _spec(config: Config) -> ModelSpec:
     config = {**_DEFAULTS, **config}
     hidden, heads = positive(config, "n_embd"), positive(config, "n_head")
+    head_dim = equal_heads(hidden, heads)
     inner = config.get("n_inner") or 4 * hidden
     act = activation(config, "activation_function")
 
@@ -38,8 +39,8 @@ def _spec(config: Config) -> ModelSpec:
             attention=Attention(
                 heads=heads,
                 kv_heads=heads,
-                head_dim=hidden // heads,
-                scale=_attention_scale(config, hidden // heads, index),
+                head_dim=head_dim,
+                scale=_attention_scale(config, head_dim, index),
                 inputs=(conv1d(f"{prefix}.attn.c_attn", hidden, 3 * hidden),),
                 output=conv1d(f"{prefix}.attn.c_proj", hidden, hidden),
             ),

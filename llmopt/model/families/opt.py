@@ -2,7 +2,7 @@
 
 from llmopt.model.families import Config, Family
 from llmopt.model.families._config import activation, positive, require
-from llmopt.model.families._decoder import Identity, decoder
+from llmopt.model.families._decoder import Identity, decoder, equal_heads
 from llmopt.model.spec import Attention, Block, Embedding, Linear, Mlp, ModelSpec, Norm, Positions
 
 _IDENTITY = Identity(family="opt", architecture="OPTForCausalLM", genai_type=None)
@@ -20,6 +20,7 @@ _POSITION_OFFSET = 2  # the first two rows of the table of positions stand for p
 def _spec(config: Config) -> ModelSpec:
     config = {**_DEFAULTS, **config}
     hidden, heads, inner = (positive(config, key) for key in ("hidden_size", "num_attention_heads", "ffn_dim"))
+    head_dim = equal_heads(hidden, heads)
     context, act = positive(config, "max_position_embeddings"), activation(config, "activation_function")
     require(config, "do_layer_norm_before", True)
     require(config, "_remove_final_layer_norm", False)
@@ -41,8 +42,8 @@ def _spec(config: Config) -> ModelSpec:
             attention=Attention(
                 heads=heads,
                 kv_heads=heads,
-                head_dim=hidden // heads,
-                scale=(hidden // heads) ** -0.5,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
                 inputs=tuple(linear(f"{prefix}.self_attn.{side}_proj", hidden, hidden) for side in "qkv"),
                 output=linear(f"{prefix}.self_attn.out_proj", hidden, hidden),
             ),
