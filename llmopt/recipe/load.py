@@ -1,0 +1,127 @@
+"""From a recipe file to a `Recipe`; every error names the line and column, and what was probably meant."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from llmopt.errors import RecipeError
+from llmopt.recipe.document import Document, Keys, parse
+from llmopt.recipe.schema import SCHEMA, Recipe, Vocabulary, near_match
+
+_LARGEST_BYTES = 1_000_000
+# In people's words, what pydantic says in Python's.
+_TYPES = {
+    "string_type": "be text",
+    "int_type": "be a whole number",
+    "tuple_type": "be a list",
+    "too_short": "have at least 1 item",
+    "dict_type": "be a mapping",
+    "model_type": "be a mapping",
+    "path_type": "be text",
+}
+_SUBJECT = re.compile(r"^(Input|String) should ")
+
+
+def load_recipe(path: Path, *, vocabulary: Vocabulary, assignments: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file.
+        vocabulary: the words that other rooms define.
+        assignments: `key.path=value`, applied in order before anything is checked.
+
+    Raises:
+        RecipeError: it cannot be read, or does not say something possible.
+    """
+    document = parse(_read(path), label=str(path), folder=path.parent)
+    if not isinstance(document.value, dict):
+        what = "the recipe is empty" if document.value is None else "a recipe is a mapping"
+        raise RecipeError(what, where=str(path), hint=f"begin with `schema: {SCHEMA}`")
+    for assignment in assignments:
+        document.assign(assignment)
+    _check_version(document)
+    recipe = _validate(document, vocabulary)
+    _check_names(recipe, document)
+    return _with_text_found(recipe, document)
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise RecipeError("this is too large to be a recipe", where=str(path))
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError("a recipe is UTF-8 text, and this is not", where=str(path)) from error
+    except OSError as error:
+        raise RecipeError(f"the recipe cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _check_version(document: Document) -> None:
+    version = document.value.get("schema")
+    if isinstance(version, str) and version.startswith("llmopt.recipe/") and version != SCHEMA:
+        raise RecipeError(
+            f"this recipe has schema {version}, and this llmopt reads {SCHEMA}",
+            where=str(document.place(("schema",))),
+            hint="upgrade llmopt, or write the recipe for the older schema",
+        )
+
+
+def _validate(document: Document, vocabulary: Vocabulary) -> Recipe:
+    try:
+        return Recipe.model_validate(document.value, context=vocabulary)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise _explained(min(errors, key=lambda one: document.place(one["loc"])), document) from error
+
+
+def _explained(error: ErrorDetails, document: Document) -> RecipeError:
+    keys: Keys = error["loc"]
+    context: dict[str, Any] = error.get("ctx", {})
+    if error["type"] == "unknown_key":
+        where = document.key_place((*keys, context["key"]))
+        return RecipeError(error["msg"], where=str(where), hint=context["hint"])
+    where = document.place(keys)
+    if error["type"] == "missing":
+        holder = f" in {_dotted(keys[:-1])}" if keys[:-1] else ""
+        return RecipeError(f"missing key {keys[-1]!r}{holder}", where=str(where))
+    if error["type"] == "refused":
+        return RecipeError(error["msg"], where=str(where), hint=context["hint"])
+    wanted = _TYPES.get(error["type"]) or _SUBJECT.sub("", error["msg"])
+    return RecipeError(f"{_dotted(keys)} should {wanted}, not {error['input']!r}", where=str(where))
+
+
+def _dotted(keys: Keys) -> str:
+    return repr(".".join(map(str, keys)))
+
+
+def _check_names(recipe: Recipe, document: Document) -> None:
+    names: list[str] = []
+    for index, step in enumerate(recipe.steps):
+        # Each is a folder's name, and not every disk tells upper case from lower.
+        if step.quantize.name.lower() in (name.lower() for name in names):
+            where = document.place(("steps", index, "quantize", "name"))
+            raise RecipeError(f"two steps are named {step.quantize.name!r}", where=str(where))
+        names.append(step.quantize.name)
+    for index, gate in enumerate(recipe.gates):
+        if gate.candidate is not None and gate.candidate not in names:
+            where = document.place(("gates", index, "candidate"))
+            raise RecipeError(
+                f"no step is named {gate.candidate!r}", where=str(where), hint=near_match(gate.candidate, names)
+            )
+    if recipe.gates and recipe.bench is None:
+        where = document.place(("gates",))
+        raise RecipeError("gates judge what was measured, and nothing is", where=str(where), hint="add `bench: {}`")
+
+
+def _with_text_found(recipe: Recipe, document: Document) -> Recipe:
+    if recipe.bench is None or recipe.bench.text is None:
+        return recipe
+    place = document.place(("bench", "text"))
+    text = place.folder / recipe.bench.text
+    if not text.is_file():
+        raise RecipeError(f"there is no file {str(text)!r}", where=str(place))
+    return recipe.model_copy(update={"bench": recipe.bench.model_copy(update={"text": text})})

@@ -1,0 +1,166 @@
+"""What a recipe may say, as types. The strings under the fields are the descriptions that editors show."""
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmopt.errors import UsageError
+from llmopt.quantize.scheme import parse_scheme
+
+SCHEMA = "llmopt.recipe/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Words that a recipe uses and rooms above this one define. `parse_gate` raises UsageError for what is no gate."""
+
+    methods: Collection[str]
+    parse_gate: Callable[[str], object]
+
+
+def _vocabulary(info: ValidationInfo) -> Vocabulary:
+    assert isinstance(info.context, Vocabulary)
+    return info.context
+
+
+def _refused(error: UsageError) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{what}", {"what": error.what, "hint": error.hint})
+
+
+def near_match(word: str, known: Collection[str]) -> str:
+    """What to try instead of `word`: the nearest word that is known, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+
+
+def _known_scheme(text: str) -> str:
+    try:
+        parse_scheme(text)
+    except UsageError as error:
+        raise _refused(error) from error
+    return text
+
+
+def _known_method(name: str, info: ValidationInfo) -> str:
+    methods = _vocabulary(info).methods
+    if name not in methods:
+        raise _refused(UsageError(f"{name!r} is not a method", hint=near_match(name, methods)))
+    return name
+
+
+def _known_gate(expression: str, info: ValidationInfo) -> str:
+    try:
+        _vocabulary(info).parse_gate(expression)
+    except UsageError as error:
+        raise _refused(error) from error
+    return expression
+
+
+def _gate_from_text(value: Any) -> Any:
+    return {"assert": value} if isinstance(value, str) else value
+
+
+T = TypeVar("T")
+# A YAML list makes a tuple, which strict validation would refuse; its items stay strict.
+Many = Annotated[tuple[T, ...], Field(strict=False)]
+Count = Annotated[int, Field(ge=1)]
+Scheme = Annotated[str, AfterValidator(_known_scheme)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_unknown_key(cls, content: Any) -> Any:
+        # pydantic would refuse it as well, but only here is it known which keys there are to mistype.
+        if isinstance(content, Mapping):
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            for key in content:
+                if key not in known:
+                    raise PydanticCustomError(
+                        "unknown_key", "unknown key '{key}'", {"key": key, "hint": near_match(key, known)}
+                    )
+        return content
+
+
+class QuantizeStep(_Section):
+    """Quantize the model; the artifact is a folder of the step's name under the recipe's output."""
+
+    name: Name
+    """Names the artifact's folder, and the candidate in gates and reports."""
+    scheme: Scheme
+    """Such as w8a16, w4a16-g32-asym or w8a8."""
+    method: Annotated[str, AfterValidator(_known_method)] = "rtn"
+    """How the numbers are found."""
+    ignore: Many[str] = ()
+    """Patterns of linears that keep their weights."""
+    overrides: dict[str, Scheme] = {}
+    """Another scheme for the linears whose names match a pattern."""
+    format: Literal["onnx"] = "onnx"
+    """What the artifact is written as."""
+
+
+class Step(_Section):
+    """One step of work. Its only key says which."""
+
+    quantize: QuantizeStep
+
+
+class BenchStep(_Section):
+    """How candidates are measured against the baseline."""
+
+    text: Annotated[Path | None, Field(strict=False)] = None
+    """Text to measure accuracy on: a file, relative to the recipe. null: the text that comes with llmopt."""
+    tokens: Count = 8192
+    """How much of the text is read, in tokens."""
+    window: Annotated[int, Field(ge=2)] = 512
+    """Tokens that the model sees at once."""
+    prompt: Count = 128
+    """Tokens of the prompt, when latency is measured."""
+    output: Count = 32
+    """Tokens generated behind it."""
+    rounds: Count = 5
+    """Interleaved rounds, each in fresh processes. More rounds give narrower intervals."""
+
+
+class Gate(_Section):
+    """A promise about what was measured."""
+
+    candidate: str | None = None
+    """The step that the promise is about. null: every step."""
+    expression: Annotated[str, Field(alias="assert"), AfterValidator(_known_gate)]
+    """Such as `perplexity <= +1%` (against the baseline) or `tpot_ms <= 20`."""
+
+
+class Recipe(_Section):
+    """What to do with a model, and what must come out of it."""
+
+    schema_: Annotated[Literal["llmopt.recipe/1"], Field(alias="schema")]
+    """The version of this language."""
+    model: str
+    """A hub id, a folder, a .gguf file, or demo."""
+    output: str
+    """The folder under which each step writes, relative to the working folder."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random draw comes from it."""
+    threads: Count | None = None
+    """Threads to compute with. null: as many as the machine has cores."""
+    steps: Annotated[tuple[Step, ...], Field(strict=False, min_length=1)]
+    """What is done, in this order."""
+    bench: BenchStep | None = None
+    """Measure the artifacts of all steps against the model. null: measure nothing."""
+    gates: Many[Annotated[Gate, BeforeValidator(_gate_from_text, json_schema_input_type=str | Gate)]] = ()
+    """Promises that make the exit code: a gate as text is for every step."""
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return draft | Recipe.model_json_schema(by_alias=True)
