@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from llmopt.model.cost import norm_tensors
 from llmopt.model.rotary import supported_length
@@ -13,19 +13,23 @@ _FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearGroup:
-    """Linears that have the same place in every block, and the same shape. `pattern` has * for the block's number."""
+class Quantizable:
+    """Weights that have the same place in every block, and the same shape. `pattern` has * for the block's number.
+
+    `tied` marks a head whose weight is the token table, which is stored, and listed, once.
+    """
 
     pattern: str
+    kind: Literal["embedding", "linear"]
     count: int
     out_features: int
     in_features: int
-    tied: bool
+    tied: bool = False
 
     @property
     def parameters(self) -> int:
-        """Weights in all of them together, biases left out; those of a tied head are the embedding's."""
-        return self.count * self.out_features * self.in_features
+        """Weights stored for all of them together, biases left out."""
+        return 0 if self.tied else self.count * self.out_features * self.in_features
 
 
 class Grid(Protocol):
@@ -52,17 +56,26 @@ class Grid(Protocol):
         ...
 
 
-def linear_groups(spec: ModelSpec) -> tuple[LinearGroup, ...]:
-    """Every linear, those with the same place and shape together, in the order of computation."""
+def quantizable(spec: ModelSpec) -> tuple[Quantizable, ...]:
+    """The token table and every linear, those with the same place and shape together, in the order of computation."""
     counts: dict[tuple[str, int, int, bool], int] = {}
     for linear in spec.linears():
         pattern = re.sub(r"\.\d+\.", ".*.", linear.name)
         key = (pattern, linear.out_features, linear.in_features, linear.tied_to is not None)
         counts[key] = counts.get(key, 0) + 1
-    return tuple(
-        LinearGroup(pattern=pattern, count=count, out_features=rows, in_features=columns, tied=tied)
+    embedding = spec.embedding
+    table = Quantizable(
+        pattern=embedding.name,
+        kind="embedding",
+        count=1,
+        out_features=embedding.vocab_size,
+        in_features=embedding.width,
+    )
+    linears = (
+        Quantizable(pattern=pattern, kind="linear", count=count, out_features=rows, in_features=columns, tied=tied)
         for (pattern, rows, columns, tied), count in counts.items()
     )
+    return (table, *linears)
 
 
 def quantized_bytes(spec: ModelSpec, grid: Grid) -> int:
@@ -71,14 +84,16 @@ def quantized_bytes(spec: ModelSpec, grid: Grid) -> int:
     What stays float32: norms, biases, learned positions, and the tables of the rotary embedding. The graph's nodes
     and file headers are left out.
     """
-    linears = [linear for linear in spec.linears() if linear.tied_to is None]
-    table = stored_bytes(spec.vocab_size, spec.embedding.width, grid)
-    weights = sum(stored_bytes(linear.out_features, linear.in_features, grid) for linear in linears)
+    weights = sum(
+        group.count * stored_bytes(group.out_features, group.in_features, grid)
+        for group in quantizable(spec)
+        if not group.tied
+    )
     biases = sum(linear.out_features for linear in spec.linears() if linear.bias)
     positions = spec.embedding.positions
     floats = biases + sum(tensor.count for tensor in norm_tensors(spec)) + _rotary_values(spec)
     floats += sum(tensor.count for tensor in positions.tensors()) if positions is not None else 0
-    return table + weights + floats * _FLOAT32_BYTES
+    return weights + floats * _FLOAT32_BYTES
 
 
 def stored_bytes(rows: int, columns: int, grid: Grid) -> int:

@@ -140,14 +140,16 @@ def test_channels_of_the_mlp_can_be_in_the_way() -> None:
 
 
 def test_linears_group_by_their_place_in_the_block() -> None:
-    groups = storage.linear_groups(spec_of())
-    assert [(group.pattern, group.count) for group in groups][:2] == [
-        ("model.layers.*.self_attn.q_proj", 2),
-        ("model.layers.*.self_attn.k_proj", 2),
-    ]
-    assert groups[-1].pattern == "lm_head"
-    assert sum(group.count for group in groups) == len(list(spec_of().linears()))
-    assert sum(group.parameters for group in groups) == 2 * (ATTENTION + MLP) + 800
+    table, q_proj, *_, head = storage.quantizable(spec_of())
+    assert (table.pattern, table.kind, table.count) == ("model.embed_tokens", "embedding", 1)
+    assert (q_proj.pattern, q_proj.kind, q_proj.count) == ("model.layers.*.self_attn.q_proj", "linear", 2)
+    assert (head.pattern, head.count, head.tied) == ("lm_head", 1, False)
+    assert sum(group.parameters for group in storage.quantizable(spec_of())) == 2 * (ATTENTION + MLP) + 2 * 800
+
+
+def test_a_tied_head_is_listed_and_stores_nothing() -> None:
+    head = storage.quantizable(spec_of(tie_word_embeddings=True))[-1]
+    assert (head.pattern, head.tied, head.parameters) == ("lm_head", True, 0)
 
 
 @pytest.mark.parametrize(
@@ -189,5 +191,5 @@ def test_a_405b_model_answers_in_under_a_second() -> None:
     assert cost.decode(spec, 1000).flops == 2 * multiplied + 126 * 4 * 16384 * 1000
     assert cost.kv_bytes_per_token(spec) == 126 * 2 * 8 * 128 * 2
     assert [entry.degree for entry in parallel.tensor_parallel_degrees(spec) if entry.legal] == [1, 2, 4, 8]
-    storage.linear_groups(spec)
+    assert len(storage.quantizable(spec)) == 9
     assert time.perf_counter() - start < 1.0
