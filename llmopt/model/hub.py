@@ -5,12 +5,11 @@ never asked for.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -23,7 +22,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from llmopt.errors import ModelError
 from llmopt.progress import Progress, Silent
 
-_CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
+_CONFIGS = ["config.json", "generation_config.json"]
 _WANTED = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model", "merges.txt"]
 # Folders hold other formats of the same weights, `consolidated` is a second copy of them under other names.
 _UNWANTED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"]
@@ -33,18 +32,15 @@ def fetch_config(model: str, *, revision: str | None) -> tuple[Path, str]:
     """The folder in the cache that holds the model's configs, and the commit that `revision` stands for.
 
     Raises:
-        ModelError: the model is not there, not open to this user, or cannot be reached.
+        ModelError: the model is not there, not open to this user, cannot be reached, or has no config.
     """
-    with _explained(model, revision):
-        path = Path(hf_hub_download(model, _CONFIG, revision=revision))
-    folder, commit = path.parent, path.parent.name
-    try:
-        hf_hub_download(model, _GENERATION_CONFIG, revision=commit)
-    except EntryNotFoundError:
-        pass  # many models have none
-    except Exception as error:
-        raise _explain(error, model, revision) from error
-    return folder, commit
+    # A snapshot, though it is of two files: asking for a single file tries for half a minute when the Hub is away.
+    with _explained(model, revision), _hidden_bars():
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_CONFIGS))
+    if not (folder / _CONFIGS[0]).is_file():
+        hint = f"if it is a collection of .gguf files, fetch one and give the file: hf download {model} FILE"
+        raise ModelError(f"the model has no {_CONFIGS[0]}", where=model, hint=hint)
+    return folder, folder.name
 
 
 def fetch_weights(model: str, *, commit: str, progress: Progress) -> None:
@@ -54,26 +50,27 @@ def fetch_weights(model: str, *, commit: str, progress: Progress) -> None:
         ModelError: something is missing, or cannot be fetched.
     """
     progress.say(f"fetching {model} from {constants.ENDPOINT}")
-    with _explained(model, commit), _own_bars(progress):
+    # huggingface_hub draws its own bars, with bytes and time left, on stderr.
+    bars = _hidden_bars() if isinstance(progress, Silent) else nullcontext()
+    with _explained(model, commit), bars:
         snapshot_download(model, revision=commit, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
 
 
-def download_hint(model: str, revision: str | None) -> str:
+def download_command(model: str, revision: str | None) -> str:
     """The command that brings a model into the cache, for a machine that may."""
     return f"hf download {model}" + (f" --revision {revision}" if revision else "")
 
 
 @contextmanager
-def _own_bars(progress: Progress) -> Iterator[None]:
-    """huggingface_hub draws bars with bytes and time left on stderr; hidden when nobody wants to see progress."""
-    hide = isinstance(progress, Silent) and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
+def _hidden_bars() -> Iterator[None]:
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
         yield
     finally:
-        if hide:
-            enable_progress_bars()
+        enable_progress_bars()
 
 
 @contextmanager
@@ -100,9 +97,6 @@ def _explain(error: Exception, model: str, revision: str | None) -> ModelError:
             what, hint = f"the model has no revision {revision!r}", f"look at {page}/tree/main"
         case LocalEntryNotFoundError():
             return _not_here(error, model, revision)
-        case EntryNotFoundError():
-            what = f"the model has no {_CONFIG}"
-            hint = f"if it is a collection of .gguf files, fetch one and give the file: hf download {model} FILE"
         case HfHubHTTPError():
             what = f"the Hub answered {error.response.status_code}"
             hint = "check HF_TOKEN" if error.response.status_code in {401, 403} else "try again later"
@@ -113,7 +107,7 @@ def _explain(error: Exception, model: str, revision: str | None) -> ModelError:
 
 def _not_here(error: Exception, model: str, revision: str | None) -> ModelError:
     """Not in the cache, and the Hub was not asked or did not answer."""
-    command = download_hint(model, revision)
+    command = download_command(model, revision)
     if constants.HF_HUB_OFFLINE:
         hint = f"unset it and run {command}, or run that on another machine and copy its HF_HOME"
         return ModelError("the model is not on this machine, and HF_HUB_OFFLINE is set", where=model, hint=hint)

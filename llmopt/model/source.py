@@ -5,16 +5,26 @@ Opening a source reads its config, never its weights, and runs no code of the mo
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmopt.errors import ModelError, UnsupportedError, UsageError
+from llmopt.errors import ModelError, UsageError
 from llmopt.model import safetensors_files
-from llmopt.model.families import families, spec_from_config
+from llmopt.model.families import spec_from_config
 from llmopt.model.json_file import read_object
+from llmopt.model.refusals import (
+    CONVERT_PICKLES,
+    GGUF_SUFFIX,
+    PICKLE_SUFFIXES,
+    no_config,
+    not_a_model,
+    require_plain,
+    require_safetensors,
+)
 from llmopt.model.spec import ModelSpec
 from llmopt.model.stored import open_file
 from llmopt.progress import Progress, Silent
@@ -23,9 +33,6 @@ DEMO = "demo"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
-_GGUF = ".gguf"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_FILE_SUFFIXES = (_GGUF, *_PICKLES, ".safetensors", ".json", ".onnx")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,10 +44,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_CONVERT = (
-    "pickled weights can run code when they are opened; in a place where you trust them, convert them: "
-    "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), then give FOLDER"
-)
+_FILE_SUFFIXES = (GGUF_SUFFIX, *PICKLE_SUFFIXES, ".safetensors", ".json", ".onnx")
 _READ_AT_ONCE = 1 << 22  # bytes
 _SILENT = Silent()
 
@@ -130,16 +134,16 @@ def open_source(
         ModelError: the model does not exist, cannot be fetched, is pickled, or its config is damaged.
         UnsupportedError: its family is not supported, or its weights are quantized already.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # unlike pathlib's, it leaves the home of an unknown user as it is
     local = model == DEMO or path.exists() or _looks_like_path(model)
     if local and revision is not None:
         raise UsageError("--revision names a commit on the Hub, and this model is not from there", where=model)
     if model == DEMO:
         from llmopt import demo  # noqa: PLC0415 (most models are not this one)
 
-        return _from_folder(model, demo.folder(), trust_remote_code=trust_remote_code)
+        return _from_folder(model, demo.folder(), weights=weights, trust_remote_code=trust_remote_code)
     if path.is_dir():
-        return _from_folder(model, path, trust_remote_code=trust_remote_code)
+        return _from_folder(model, path, weights=weights, trust_remote_code=trust_remote_code)
     if path.is_file():
         return _from_file(model, path)
     if local:
@@ -159,36 +163,32 @@ def _from_hub(
     from llmopt.model import hub  # noqa: PLC0415 (huggingface_hub is needed for this only)
 
     folder, commit = hub.fetch_config(model, revision=revision)
-    source = _from_folder(model, folder, revision=commit, trust_remote_code=trust_remote_code, weights=False)
+    source = _from_folder(model, folder, weights=False, trust_remote_code=trust_remote_code, revision=commit)
     if weights:
         hub.fetch_weights(model, commit=commit, progress=progress)
-        _require_safetensors(folder, hint=f"{hub.download_hint(model, revision)}; if that changes nothing: {_CONVERT}")
+        require_safetensors(folder, hint=f"{hub.download_command(model, revision)}; {CONVERT_PICKLES}")
     return source
 
 
 def _from_file(model: str, path: Path) -> ModelSource:
-    if path.suffix == _GGUF:
-        from llmopt.model.gguf_file import read_config  # noqa: PLC0415 (needs gguf, which other models do not)
+    if path.suffix != GGUF_SUFFIX:
+        raise not_a_model(path)
+    from llmopt.model.gguf_file import read_config  # noqa: PLC0415 (needs gguf, which other models do not)
 
-        config = read_config(path)
-        return ModelSource(name=model, config=config, spec=spec_from_config(config, where=str(path)), gguf=path)
-    if path.suffix in _PICKLES:
-        raise ModelError("pickled weights are not opened", where=model, hint=_CONVERT)
-    hint = "give the folder it lies in" if path.suffix == ".safetensors" else "give a folder or a .gguf file"
-    raise ModelError("this file is not a model", where=model, hint=hint)
+    config = read_config(path)
+    return ModelSource(name=model, config=config, spec=spec_from_config(config, where=str(path)), gguf=path)
 
 
 def _from_folder(
-    model: str, folder: Path, *, trust_remote_code: bool, revision: str | None = None, weights: bool = True
+    model: str, folder: Path, *, weights: bool, trust_remote_code: bool, revision: str | None = None
 ) -> ModelSource:
-    path = folder / CONFIG
+    path, generation = folder / CONFIG, folder / GENERATION_CONFIG
     if not path.is_file():
-        raise ModelError(f"no {CONFIG}", where=str(folder), hint=_what_else(folder))
+        raise no_config(folder)
     config = read_object(path)
-    _require_plain(config, where=str(path))
+    require_plain(config, where=str(path))
     if weights:
-        _require_safetensors(folder)
-    generation = folder / GENERATION_CONFIG
+        require_safetensors(folder, hint="put the model's .safetensors files beside its config.json")
     return ModelSource(
         name=model,
         folder=folder,
@@ -198,41 +198,6 @@ def _from_folder(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-
-
-def _require_plain(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse what the spec could not say: weights that are quantized, and a model that is code."""
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        hint = "give the model that it was made from"
-        what = f"the weights are already quantized ({method or 'unknown method'})"
-        raise UnsupportedError(what, where=where, hint=hint)
-    if config.get("auto_map") and config.get("model_type") not in families():
-        what = f"the model brings its own code for model_type {config.get('model_type')!r}"
-        hint = f"llmopt builds models from their config alone; it knows {', '.join(sorted(families()))}"
-        raise UnsupportedError(what, where=where, hint=hint)
-
-
-def _require_safetensors(folder: Path, *, hint: str = _CONVERT) -> None:
-    if next(folder.glob("*.safetensors"), None) or (folder / safetensors_files.INDEX).exists():
-        return
-    pickles = _pickles(folder)
-    if pickles:
-        raise ModelError("pickled weights are not opened", where=str(pickles[0]), hint=_CONVERT)
-    raise ModelError("the model has no safetensors file", where=str(folder), hint=hint)
-
-
-def _what_else(folder: Path) -> str:
-    """What a folder without a config may be."""
-    gguf = next(folder.glob(f"*{_GGUF}"), None)
-    if gguf is not None:
-        return f"give the file: {gguf}"
-    return _CONVERT if _pickles(folder) else "give a Hugging Face model folder, a .gguf file or a name on the Hub"
-
-
-def _pickles(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
 
 
 def _parts(path: Path) -> Iterator[bytes]:
