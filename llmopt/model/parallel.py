@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llmopt.model.spec import ModelSpec
 
 # Degrees that people ask about, as devices in one machine go.
-COMMON_DEGREES = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+COMMON_DEGREES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
