@@ -56,7 +56,7 @@ def _identity(inspection: "Inspection") -> "Text":
     attention, tied = spec.blocks[0].attention, "tied to the head" if spec.tied else "apart from the head"
     return Text.assemble(
         (inspection.name, "bold"),
-        f": {spec.architecture}, {_count(inspection.parameters)} parameters in {spec.dtype}\n"
+        f"\n{spec.architecture}, {_count(inspection.parameters)} parameters in {spec.dtype}\n"
         f"{len(spec.blocks)} blocks of width {spec.hidden_size}; {attention.heads} heads of {attention.head_dim}, "
         f"{attention.kv_heads} for keys and values; MLP of {spec.blocks[0].mlp.size}\n"
         f"vocabulary of {spec.vocab_size}, {tied}; context of {spec.context_length} tokens{_limits(inspection)}\n"
