@@ -1,0 +1,190 @@
+"""Train the demo model: `python -m llmopt.demo.train -o FOLDER`.
+
+One seed, one machine and one number of threads give the same weights again; another machine gives the same quality.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmopt.demo import Document, documents, oracle_perplexity
+from llmopt.demo import tokenizer as demo_tokenizer
+from llmopt.demo.grammar import END
+
+CONTEXT_LENGTH = 1024
+TOKENS_PER_DOCUMENT = 100  # a little less than there are on average
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How long and how fast to learn. A step sees `tokens_per_step` tokens in windows of `window`.
+
+    Stories are shorter than `window`, so most steps can use short ones, which are cheaper; the last `long_share` of
+    the steps use the whole context, from which the model learns to leave far away tokens alone.
+    """
+
+    seed: int = 0
+    steps: int = 1600
+    tokens_per_step: int = 2048
+    window: int = 256
+    long_share: float = 0.12
+    peak_rate: float = 4e-3
+    warmup_steps: int = 60
+    weight_decay: float = 0.05
+    tokenizer_documents: int = 4000
+    evaluation_documents: int = 400
+
+    def rate(self, step: int) -> float:
+        """Learning rate: a linear rise, then a cosine down to zero."""
+        if step < self.warmup_steps:
+            return self.peak_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        return self.peak_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def window_at(self, step: int) -> int:
+        """Tokens per window."""
+        return self.window if step < self.steps * (1.0 - self.long_share) else CONTEXT_LENGTH
+
+
+def train(settings: Settings, folder: Path) -> dict[str, object]:
+    """Write tokenizer, weights (float16) and `training.json` into `folder`, and return what the last one holds."""
+    torch.manual_seed(settings.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    stories = documents("train", settings.tokenizer_documents, settings.seed)
+    tokenizer = demo_tokenizer.learn(story.text for story in stories)
+    demo_tokenizer.save(tokenizer, folder)
+    model = new_model(tokenizer)
+    began = time.monotonic()
+    _fit(model, tokenizer, settings)
+    torch.nn.Module.half(model)  # transformers' own `half` is untyped
+    model.save_pretrained(folder)
+    # Judged as it is shipped: the weights rounded to float16, the arithmetic in float32.
+    held_out = documents("evaluation", settings.evaluation_documents, settings.seed)
+    perplexity, token_count = evaluate(torch.nn.Module.float(model), tokenizer, held_out)
+    record: dict[str, object] = {
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "tokens": settings.steps * settings.tokens_per_step,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "evaluation_tokens": token_count,
+        "perplexity": perplexity,
+        "oracle_perplexity": oracle_perplexity(held_out, token_count),
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "machine": platform.machine(),
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def new_model(tokenizer: tokenizers.Tokenizer) -> LlamaForCausalLM:
+    """A Llama with random weights. Sizes are multiples of 64 and 128, so that every group size divides them."""
+    end = tokenizer.encode(END).ids[0]
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=end,
+        eos_token_id=end,
+        initializer_range=0.04,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _fit(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    began = time.monotonic()
+    for step, ids_BT in enumerate(_batches(tokenizer, settings)):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(step)
+        loss = model(input_ids=ids_BT, labels=ids_BT).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0:
+            seconds = time.monotonic() - began
+            sys.stderr.write(f"step {step + 1}/{settings.steps}  loss {loss.item():.4f}  {seconds:.0f} s\n")
+
+
+def _batches(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Iterator[Tensor]:
+    """Shape [windows, tokens], for each step. Every other window begins where a story does, the others anywhere."""
+    stream_T, starts = _stream(tokenizer, settings)
+    generator = np.random.default_rng(settings.seed)
+    for step in range(settings.steps):
+        window = settings.window_at(step)
+        last = len(stream_T) - window
+        count = max(1, settings.tokens_per_step // window)
+        anywhere = generator.integers(0, last, size=count)
+        at_story = generator.choice(starts[starts < last], size=count)
+        begins = np.where(np.arange(count) % 2 == 0, at_story, anywhere)
+        yield torch.from_numpy(np.stack([stream_T[begin : begin + window] for begin in begins]))
+
+
+def _stream(tokenizer: tokenizers.Tokenizer, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """As many tokens as training sees, in one row, and where stories begin in it."""
+    wanted = settings.steps * settings.tokens_per_step
+    stories = documents("train", wanted // TOKENS_PER_DOCUMENT + 1, settings.seed)
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch([story.text for story in stories])]
+    starts = np.cumsum([0] + [len(ids) for ids in encoded[:-1]])
+    return np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded]), starts
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, stories: Sequence[Document], batch: int = 16
+) -> tuple[float, int]:
+    """Perplexity per token of whole stories, each behind the line feed that ends another; and their tokens' number."""
+    nats, count = 0.0, 0
+    for first in range(0, len(stories), batch):
+        encoded = [tokenizer.encode(END + story.text).ids for story in stories[first : first + batch]]
+        longest = max(map(len, encoded))
+        ids_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in encoded])
+        logits_BTV = model(input_ids=ids_BT).logits[:, :-1].float()
+        losses_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
+        for losses_T, ids in zip(losses_BT, encoded, strict=True):
+            nats += losses_T[: len(ids) - 1].double().sum().item()
+            count += len(ids) - 1
+    return math.exp(nats / count), count
+
+
+def main() -> None:
+    """Read the command line, train, and print what came out."""
+    defaults = Settings()
+    parser = argparse.ArgumentParser(prog="python -m llmopt.demo.train", description="Train the demo model.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.use_deterministic_algorithms(mode=True)
+    record = train(Settings(seed=arguments.seed, steps=arguments.steps), arguments.output)
+    sys.stdout.write(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
