@@ -1,0 +1,21 @@
+"""The program `llmopt`."""
+
+import signal
+import sys
+
+
+def main() -> int:
+    """Run the command line of this process and give its exit code."""
+    # A job that CI cancels is told to terminate: clean up as for Ctrl-C, so that no half-written folder stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        from llmopt.cli.app import app
+        from llmopt.cli.outcome import run
+
+        return run(app)
+    except KeyboardInterrupt:  # before there was a command to interrupt, or once more while it ended
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

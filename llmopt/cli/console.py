@@ -1,0 +1,52 @@
+"""What a command says: its result on standard output, everything else on standard error.
+
+rich is imported where something is drawn, because `--help` has no use for it and should not wait.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmopt.cli.streams import write_out
+from llmopt.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# Tables in the log of a CI job have no terminal to ask for its width.
+_WIDTH_OF_A_LOG = 120
+
+
+class Console:
+    """The voice of one command. `progress` is for the rooms below; with `quiet` it says nothing."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self._json = json
+        self.progress: Progress = Silent() if quiet else _progress()
+
+    def result(self, value: Mapping[str, Any], text: "RenderableType") -> None:
+        """Print the result: `value` as one JSON object if that was asked for, else `text`, which rich draws."""
+        if self._json:
+            from llmopt.artifact import to_json_text
+
+            write_out(to_json_text(value))
+        else:
+            write_out(_drawn(text))
+
+
+def _progress() -> Progress:
+    from llmopt.cli.progress import BarProgress, LineProgress, stderr_console
+
+    console = stderr_console()
+    return BarProgress(console) if console.is_terminal else LineProgress(console)
+
+
+def _drawn(text: "RenderableType") -> str:
+    from rich.console import Console as RichConsole
+
+    follows_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = RichConsole(file=sys.stdout, width=None if follows_terminal else _WIDTH_OF_A_LOG)
+    with console.capture() as capture:
+        console.print(text, markup=False, highlight=False)
+    return capture.get()

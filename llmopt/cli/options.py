@@ -1,0 +1,22 @@
+"""Flags that several commands share, so that they mean the same everywhere.
+
+An optional flag that nobody typed is None: the recipe may then say, after it the environment, and last the default.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or demo.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no remarks.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Every random draw comes from it (default 0).")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with (default: all cores).")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the artifact that stands at the output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and do nothing.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value: --set steps.0.quantize.scheme=w8a8."),
+]

@@ -1,0 +1,11 @@
+"""The words of recipes that other rooms define."""
+
+from llmopt.recipe import Vocabulary
+
+
+def vocabulary() -> Vocabulary:
+    """Every method, and the reader of gates."""
+    from llmopt.quantize.registry import METHODS
+    from llmopt.report.gates import parse_gate
+
+    return Vocabulary(methods=tuple(METHODS), parse_gate=parse_gate)
