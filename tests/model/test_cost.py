@@ -166,6 +166,10 @@ def test_a_stored_weight_has_codes_scales_and_zero_points(scheme: str, size: int
     assert storage.stored_bytes(5, 48, parse_scheme(scheme)) == size
 
 
+def test_zero_points_of_4_bits_fill_whole_bytes_in_each_row() -> None:
+    assert storage.stored_bytes(5, 96, parse_scheme("w4a16-g32-asym")) == 5 * (48 + 3 * 4 + 2)
+
+
 def test_a_quantized_model_keeps_norms_and_rotary_tables_in_float32() -> None:
     spec, scheme = spec_of(tie_word_embeddings=True), parse_scheme("w8a8")
     weights = sum(

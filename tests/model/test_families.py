@@ -279,9 +279,9 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
 
 
 def test_qwen_slides_only_when_asked_to_and_from_a_block_on() -> None:
-    assert windows(spec_from_config(QWEN25_05B | {"sliding_window": 64})) == [None] * 24
-    asked = QWEN25_05B | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20}
-    assert windows(spec_from_config(asked)) == [None] * 20 + [64] * 4
+    not_asked = QWEN25_05B | {"sliding_window": 64, "max_window_layers": 20}
+    assert windows(spec_from_config(not_asked)) == [None] * 24
+    assert windows(spec_from_config(not_asked | {"use_sliding_window": True})) == [None] * 20 + [64] * 4
 
 
 def test_gemma_turns_blocks_with_a_window_faster_than_those_without() -> None:
@@ -289,6 +289,12 @@ def test_gemma_turns_blocks_with_a_window_faster_than_those_without() -> None:
     assert windows(spec_from_config(GEMMA3_1B))[:7] == [512] * 5 + [None, 512]
     thetas = [block.attention.rotary.theta for block in blocks if block.attention.rotary is not None]
     assert thetas[4:7] == [10000.0, 1000000.0, 10000.0]
+
+
+def test_before_transformers_5_gemma_scaled_only_the_blocks_without_a_window() -> None:
+    config = GEMMA3_1B | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    rotaries = [block.attention.rotary for block in spec_from_config(config).blocks]
+    assert [rotary.kind for rotary in rotaries[4:7] if rotary is not None] == ["default", "linear", "default"]
 
 
 def test_phi_keeps_the_length_it_was_trained_on_beside_the_factors() -> None:

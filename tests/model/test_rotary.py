@@ -34,6 +34,13 @@ KINDS = {
         "factor": 4.0,
         "original_max_position_embeddings": ORIGINAL,
     },
+    "yarn, one of two weights": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "mscale": 0.7,
+        "original_max_position_embeddings": ORIGINAL,
+    },
     "yarn, every option": {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
