@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmopt.model.families import spec_from_config
+from llmopt.model.spec import ModelSpec
 
 LLAMA: Mapping[str, Any] = {
     "model_type": "llama",
@@ -26,10 +27,15 @@ LLAMA: Mapping[str, Any] = {
 
 
 @pytest.fixture
-def weights() -> dict[str, torch.Tensor]:
+def spec() -> ModelSpec:
+    """The model's description."""
+    return spec_from_config(LLAMA)
+
+
+@pytest.fixture
+def weights(spec: ModelSpec) -> dict[str, torch.Tensor]:
     """Seeded float32 weights by name."""
     generator = torch.Generator().manual_seed(0)
-    spec = spec_from_config(LLAMA)
     return {tensor.name: torch.randn(tensor.shape, generator=generator) for tensor in spec.tensors()}
 
 
