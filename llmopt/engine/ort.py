@@ -82,7 +82,6 @@ class OrtStream:
             buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
-        self.binding.bind_output("logits")
 
     def feed(self, ids_T: TokenIds) -> Logits:
         """Append tokens, shape [T], and give the logits behind the last one, shape [vocab_size].
@@ -95,6 +94,7 @@ class OrtStream:
             raise UsageError(f"{total} tokens do not fit into a sequence of {self.capacity}")
         self.binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids_T[None]))
         self.binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self.mask[:, :total]))
+        self.binding.bind_output("logits")  # anew: the last call left a buffer of its own shape bound
         self.engine.session.run_with_iobinding(self.binding)
         self.length = total
         return cast("Logits", self.binding.get_outputs()[-1].numpy()[0, -1])

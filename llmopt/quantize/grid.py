@@ -13,8 +13,6 @@ from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
 TINY = torch.finfo(torch.float32).tiny
-# Activations of the int8 kernel lie in [1, 255] around 128; see `pair_safe_scales`.
-INT8_LIMIT = 127
 
 
 def grouped(weight_OI: Tensor, group_size: int | None) -> Tensor:
@@ -45,14 +43,13 @@ def round_to_codes(groups_OGS: Tensor, scales: Tensor, zeros: Tensor | float, le
 def symmetric_scales(groups_OGS: Tensor, bits: int, divisors: Iterable[float]) -> Tensor:
     """Scales of a grid around zero, [out, groups]: the candidate with the least squared error wins.
 
-    A candidate is ±max|w| / divisor. At `divisor` 2**(bits - 1) the largest weight sits on the outermost code, whose
-    sign the scale's sign decides; larger divisors clip.
+    The codes reach one step further down than up, so a scale takes the sign that puts the largest weight of its group
+    on the outermost code: at `divisor` 2**(bits - 1) exactly there, clipped at larger ones.
     """
-    largest_OG = groups_OGS.abs().amax(-1).clamp_min(TINY)
-    half = 2.0 ** (bits - 1)
-    candidates = [sign * largest_OG / divisor for divisor in divisors for sign in (-1.0, 1.0)]
-    best = least_error(groups_OGS, [(scales, torch.full_like(scales, half)) for scales in candidates], 2**bits)
-    return best[0]
+    largest_OG1 = groups_OGS.gather(-1, groups_OGS.abs().argmax(-1, keepdim=True))
+    largest_OG = torch.where(largest_OG1 < 0, largest_OG1.clamp_max(-TINY), largest_OG1.clamp_min(TINY)).squeeze(-1)
+    zeros_OG = torch.full_like(largest_OG, 2.0 ** (bits - 1))
+    return least_error(groups_OGS, [(-largest_OG / divisor, zeros_OG) for divisor in divisors], 2**bits)[0]
 
 
 def asymmetric_grid(groups_OGS: Tensor, bits: int, shrinks: Iterable[float]) -> tuple[Tensor, Tensor]:
@@ -82,18 +79,3 @@ def least_error(groups_OGS: Tensor, candidates: list[tuple[Tensor, Tensor]], lev
         best_scales = torch.where(better, scales, best_scales)
         best_zeros = torch.where(better, zeros, best_zeros)
     return best_scales, best_zeros
-
-
-def pair_safe_scales(weight_OI: Tensor) -> Tensor:
-    """Per-channel scales, [out, 1], for int8 products that no CPU saturates.
-
-    Without VNNI, x86 multiplies unsigned activations by signed weights with `vpmaddubsw`, which adds the products of
-    two neighbouring channels in 16 bits and clips at 32767. Both products can have the same sign up to
-    255 * (w₁ + w₂), so the positive parts of each pair of codes, and the negative ones, may add up to 128 at most.
-    Scaling each row by its largest such sum over 127 leaves one unit for the two roundings. Rows led by a single
-    large weight, which are the rows that matter, lose next to nothing against max|w| / 127.
-    """
-    pairs_OPS = grouped(weight_OI, 2)
-    positive = pairs_OPS.clamp_min(0).sum(-1).amax(-1, keepdim=True)
-    negative = pairs_OPS.clamp_max(0).sum(-1).amin(-1, keepdim=True).neg()
-    return torch.maximum(positive, negative).clamp_min(TINY) / INT8_LIMIT

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt.quantize.grid import asymmetric_grid, grouped, pair_safe_scales, quantize_to, symmetric_scales
+from llmopt.quantize.grid import asymmetric_grid, grouped, quantize_to, symmetric_scales
 from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
@@ -25,8 +25,6 @@ class Rtn:
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32. `inputs` is not used: rounding looks at the weight alone."""
-        if scheme.activation_bits == 8:
-            return quantize_to(weight_OI, scheme, pair_safe_scales(weight_OI), None)
         groups_OGS = grouped(weight_OI, scheme.group_size)
         steps = self.clip_steps if scheme.bits < 8 else 1
         shrinks = [1 - self.clip_range * step / steps for step in range(steps)]

@@ -1,0 +1,81 @@
+"""The token table, and the head that shares its bytes when the two are tied."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import TensorProto
+from torch import Tensor
+
+from llmopt.export.onnx.graph import MICROSOFT, Graph
+from llmopt.export.onnx.linear import Product, add_bias, int8_product, matmul_nbits, write_blocks, write_columns
+from llmopt.model.spec import Embedding, Linear
+from llmopt.quantize.pack import block_size
+from llmopt.quantize.weights import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class TiedTable:
+    """A table that the head will multiply by: the weight, and the names of its tensors in the graph."""
+
+    weight: Tensor | QuantizedWeight
+    tensors: tuple[str, ...]
+
+
+def emit_embedding(
+    graph: Graph, embedding: Embedding, table: Tensor | QuantizedWeight, tied: bool
+) -> tuple[str, TiedTable | None]:
+    """Look the tokens up; gives the hidden states [batch, tokens, width] and, when tied, what the head needs."""
+    if not isinstance(table, QuantizedWeight):
+        name = graph.tensor(f"{embedding.name}.weight", table.numpy())
+        hidden = graph.node("Gather", [name, "input_ids"], embedding.name, axis=0)
+        tensors: tuple[str, ...] = (name,)
+    elif table.scheme.activation_bits == 8:
+        hidden, tensors = gather_channels(graph, embedding, table)
+    else:
+        hidden, tensors = gather_blocks(graph, embedding, table)
+    return hidden, TiedTable(table, tensors) if tied else None
+
+
+def gather_blocks(graph: Graph, embedding: Embedding, table: QuantizedWeight) -> tuple[str, tuple[str, ...]]:
+    """Rows unpacked from the very bytes that MatMulNBits reads: [vocab, blocks, bytes] seen as [vocab, bytes]."""
+    codes, scales, zeros = write_blocks(graph, embedding.name, table)
+    size, (rows, columns) = block_size(table), table.codes_OI.shape
+    blocks = -(-columns // size)
+    flat = graph.alias(f"{embedding.name}.rows", codes, [rows, blocks * size * table.scheme.bits // 8])
+    inputs = [flat, "input_ids", scales, *([zeros] if zeros else [])]
+    hidden = graph.node(
+        "GatherBlockQuantized",
+        inputs,
+        embedding.name,
+        domain=MICROSOFT,
+        bits=table.scheme.bits,
+        block_size=size,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    if blocks * size > columns:
+        bounds = [graph.constant(np.array([value], np.int64)) for value in (0, columns, -1)]
+        hidden = graph.node("Slice", [hidden, *bounds], f"{embedding.name}/cut")
+    return hidden, (codes, scales, zeros or "")
+
+
+def gather_channels(graph: Graph, embedding: Embedding, table: QuantizedWeight) -> tuple[str, tuple[str, ...]]:
+    """Columns of the codes [width, vocab] that the integer head multiplies by, turned and scaled."""
+    codes, scales = write_columns(graph, embedding.name, table)
+    columns = graph.node("Gather", [codes, "input_ids"], f"{embedding.name}/columns", axis=1)
+    rows = graph.node("Transpose", [columns], f"{embedding.name}/rows", perm=[1, 2, 0])
+    values = graph.node("Cast", [rows], f"{embedding.name}/values", to=TensorProto.FLOAT)
+    values = graph.node("Sub", [values, graph.constant(np.float32(128))], f"{embedding.name}/centred")
+    steps = graph.node("Gather", [scales, "input_ids"], f"{embedding.name}/steps", axis=0)
+    steps = graph.node("Unsqueeze", [steps, graph.constant(np.array([-1], np.int64))], f"{embedding.name}/steps_column")
+    return graph.node("Mul", [values, steps], embedding.name), (codes, scales)
+
+
+def emit_tied_head(graph: Graph, x: str, head: Linear, table: TiedTable) -> str:
+    """Logits from the bytes of the embedding."""
+    product = Product(head.name, table.weight)
+    if not isinstance(table.weight, QuantizedWeight):
+        return graph.node("FusedMatMul", [x, *table.tensors], head.name, domain=MICROSOFT, transB=1)
+    if table.weight.scheme.activation_bits == 8:
+        return add_bias(graph, int8_product(graph, x, head.name, *table.tensors), product)
+    return matmul_nbits(graph, x, product, table.weight, table.tensors)

@@ -1,0 +1,123 @@
+"""A graph under construction: nodes in order, and tensors that go to the data file the moment they are known.
+
+Only the nodes stay in memory. Offsets are multiples of 64 bytes: onnxruntime maps tensors where they lie, and its
+kernels read whole cache lines.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+GRAPH_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+ALIGNMENT = 64
+OPSET = 21
+IR_VERSION = 10  # with opset 21 the newest that onnxruntime-genai 0.18's own builder relies on
+MICROSOFT = "com.microsoft"
+
+
+class DataFile:
+    """The external data of a graph, appended to as tensors come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = (folder / DATA_FILE).open("wb")
+
+    def add(self, name: str, array: NDArray[Any]) -> TensorProto:
+        """Write a tensor, and give the entry that points at its bytes."""
+        self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
+        offset = self.file.tell()
+        contiguous = np.ascontiguousarray(array)
+        self.file.write(contiguous.data.cast("B") if contiguous.size else b"")
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        return entry(name, array.shape, kind, {"offset": offset, "length": contiguous.nbytes})
+
+    def close(self) -> None:
+        """Flush everything to the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def entry(name: str, shape: Sequence[int], kind: int, place: dict[str, int]) -> TensorProto:
+    """A tensor whose bytes lie in the data file."""
+    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": DATA_FILE, **place}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+class Graph:
+    """Nodes and tensors. Every method that computes gives the name of its (first) output."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = DataFile(folder)
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: dict[str, TensorProto] = {}
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        name: str,
+        *,
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Add a node. Without `outputs` it has one, named after the node."""
+        names = list(outputs) or [f"{name}/output"]
+        self.nodes.append(helper.make_node(op, list(inputs), names, name=name, domain=domain, **attributes))
+        return names[0]
+
+    def tensor(self, name: str, array: NDArray[Any]) -> str:
+        """Write a tensor to the data file."""
+        assert name not in self.tensors, name
+        self.tensors[name] = self.data.add(name, array)
+        return name
+
+    def alias(self, name: str, of: str, shape: Sequence[int]) -> str:
+        """Another view of a tensor that is written already: the same bytes on disk, another shape."""
+        original = self.tensors[of]
+        assert int(np.prod(shape)) == int(np.prod(original.dims)), (shape, original.dims)
+        place = {item.key: int(item.value) for item in original.external_data if item.key != "location"}
+        self.tensors[name] = entry(name, shape, original.data_type, place)
+        return name
+
+    def constant(self, value: NDArray[Any] | np.generic) -> str:
+        """A small tensor inside the graph file; equal ones are shared."""
+        array = np.asarray(value)
+        name = f"constant/{array.dtype}{list(array.shape)}/{'_'.join(map(str, array.ravel().tolist()))}"
+        self.tensors.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+    def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        """Declare an input of the graph."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, kind: int, shape: Sequence[int | str]) -> None:
+        """Declare an output of the graph."""
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def save(self, producer_version: str) -> onnx.ModelProto:
+        """Close the data file and write the graph beside it. The bytes depend on nothing but what was added."""
+        self.data.close()
+        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, list(self.tensors.values()))
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+            ir_version=IR_VERSION,
+            producer_name="llmopt",
+            producer_version=producer_version,
+        )
+        (self.folder / GRAPH_FILE).write_bytes(model.SerializeToString(deterministic=True))
+        return model

@@ -1,0 +1,152 @@
+"""How a linear becomes nodes: float, weight-only integers, or integers on both sides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmopt.export.onnx.graph import MICROSOFT, Graph
+from llmopt.quantize.pack import block_scales, block_size, block_zero_points, pack_codes
+from llmopt.quantize.weights import QuantizedWeight, stack_rows
+
+# Activations are multiplied as int8 in blocks (1: float32, 4: int8). Level 4 is several times faster in decoding.
+ACCURACY_LEVEL = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """y = x Wᵀ + b with its weight as found: float [out, in], or quantized."""
+
+    name: str
+    weight: Tensor | QuantizedWeight
+    bias: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Channels of y."""
+        weight = self.weight.codes_OI if isinstance(self.weight, QuantizedWeight) else self.weight
+        return weight.shape[0]
+
+
+def stacked(name: str, products: Sequence[Product]) -> Product | None:
+    """Products of one input as a single one, if they are of one kind; else None."""
+    biases = [product.bias for product in products]
+    if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
+        return None
+    bias = torch.cat([bias for bias in biases if bias is not None]) if biases[0] is not None else None
+    quantized = [product.weight for product in products if isinstance(product.weight, QuantizedWeight)]
+    if not quantized:
+        return Product(name, torch.cat([product.weight for product in products]), bias)  # type: ignore[misc]
+    if len(quantized) < len(products) or len({weight.scheme for weight in quantized}) > 1:
+        return None
+    return Product(name, stack_rows(quantized), bias)
+
+
+def emit_together(graph: Graph, x: str, name: str, products: Sequence[Product]) -> str:
+    """Products of one input with their outputs side by side: one node where their schemes agree."""
+    whole = stacked(name, products)
+    if whole is not None:
+        return emit(graph, x, whole)
+    parts = [emit(graph, x, product) for product in products]
+    return graph.node("Concat", parts, f"{name}/concat", axis=-1)
+
+
+def emit(graph: Graph, x: str, product: Product) -> str:
+    """Write one product's tensors and nodes; gives the name of y."""
+    if not isinstance(product.weight, QuantizedWeight):
+        weight = graph.tensor(f"{product.name}.weight", product.weight.T.contiguous().numpy())
+        return add_bias(graph, graph.node("MatMul", [x, weight], product.name), product)
+    if product.weight.scheme.activation_bits == 8:
+        return emit_int8(graph, x, product, product.weight)
+    return emit_blocks(graph, x, product, product.weight)
+
+
+def add_bias(graph: Graph, y: str, product: Product) -> str:
+    """Y + b where there is a bias."""
+    if product.bias is None:
+        return y
+    return graph.node("Add", [y, graph.tensor(f"{product.name}.bias", product.bias.numpy())], f"{product.name}/bias")
+
+
+def write_blocks(graph: Graph, name: str, weight: QuantizedWeight) -> tuple[str, str, str | None]:
+    """Write the codes, scales and zero points of a blocked weight; gives their names."""
+    zeros = block_zero_points(weight)
+    return (
+        graph.tensor(f"{name}.codes", pack_codes(weight)),
+        graph.tensor(f"{name}.scales", block_scales(weight)),
+        None if zeros is None else graph.tensor(f"{name}.zero_points", zeros),
+    )
+
+
+def emit_blocks(graph: Graph, x: str, product: Product, weight: QuantizedWeight) -> str:
+    """MatMulNBits: weights unpacked block by block inside the kernel."""
+    codes, scales, zeros = write_blocks(graph, product.name, weight)
+    return matmul_nbits(graph, x, product, weight, [codes, scales, zeros or ""])
+
+
+def matmul_nbits(graph: Graph, x: str, product: Product, weight: QuantizedWeight, tensors: Sequence[str]) -> str:
+    """The node alone, over tensors that are written already."""
+    inputs = [x, *tensors]
+    if product.bias is not None:
+        # Inputs: A, B, scales, zero_points, g_idx, bias. g_idx would send the kernel to its slow path.
+        inputs += ["", graph.tensor(f"{product.name}.bias", product.bias.numpy())]
+    while not inputs[-1]:
+        inputs.pop()
+    rows, columns = weight.codes_OI.shape
+    return graph.node(
+        "MatMulNBits",
+        inputs,
+        product.name,
+        domain=MICROSOFT,
+        K=columns,
+        N=rows,
+        bits=weight.scheme.bits,
+        block_size=block_size(weight),
+        accuracy_level=ACCURACY_LEVEL,
+    )
+
+
+def emit_int8(graph: Graph, x: str, product: Product, weight: QuantizedWeight) -> str:
+    """Integers on both sides: activations with one scale a token, weights with one scale a channel."""
+    codes, scales = write_columns(graph, product.name, weight)
+    return add_bias(graph, int8_product(graph, x, product.name, codes, scales), product)
+
+
+def write_columns(graph: Graph, name: str, weight: QuantizedWeight) -> tuple[str, str]:
+    """Write the codes as [in, out] and the scales as [out]; gives their names.
+
+    The codes stay unsigned, around 128. As signed bytes they would be multiplied by x86 CPUs without VNNI in 16 bits
+    that saturate, two channels at a time; unsigned ones are widened first. With VNNI both run the same kernel.
+    """
+    codes = graph.tensor(f"{name}.codes", np.ascontiguousarray(weight.codes_OI.numpy().T))
+    return codes, graph.tensor(f"{name}.scales", weight.scales_OG[:, 0].numpy())
+
+
+def int8_product(graph: Graph, x: str, name: str, codes: str, scales: str) -> str:
+    """The nodes alone, over codes [in, out] that are written already.
+
+    Each row of x is divided by its largest magnitude, so that one constant scale, 1/127, serves the per-tensor kernel
+    for every token, and multiplied back afterwards. Linears that share x share its codes. `DynamicQuantizeMatMul` is
+    the same kernel, but takes the range from the whole batch: a token's result would depend on its neighbours.
+    """
+    step, zero = graph.constant(np.float32(1 / 127)), graph.constant(np.uint8(128))
+    x_codes, row_scales = int8_rows(graph, x, step, zero)
+    inputs = [x_codes, codes, step, scales, zero, zero]
+    product = graph.node("MatMulIntegerToFloat", inputs, f"{name}/integers", domain=MICROSOFT)
+    return graph.node("Mul", [product, row_scales], name)
+
+
+def int8_rows(graph: Graph, x: str, step: str, zero: str) -> tuple[str, str]:
+    """uint8 codes around 128 of x divided by each row's largest magnitude, and those magnitudes [batch, tokens, 1]."""
+    codes, scales = f"{x}/codes", f"{x}/row_scales"
+    if not any(codes in node.output for node in reversed(graph.nodes)):
+        magnitude = graph.node("Abs", [x], f"{x}/abs")
+        last = graph.constant(np.array([-1], np.int64))
+        largest = graph.node("ReduceMax", [magnitude, last], f"{x}/largest", keepdims=1)
+        # A row of zeros has no largest magnitude; any positive one serves.
+        graph.node("Max", [largest, graph.constant(np.float32(1e-30))], f"{x}/max", outputs=[scales])
+        unit = graph.node("Div", [x, scales], f"{x}/unit")
+        graph.node("QuantizeLinear", [unit, step, zero], f"{x}/quantize", outputs=[codes])
+    return codes, scales

@@ -1,0 +1,91 @@
+"""Which scheme each linear and embedding gets: the default, unless a pattern says otherwise.
+
+A pattern is a name with shell wildcards, matched against the whole name or any of its dotted tails: `lm_head`,
+`down_proj`, `layers.0.*`, `model.layers.*.mlp.*`. The last override that matches wins; `ignore` wins over all.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from llmopt.errors import UsageError
+from llmopt.model.spec import ModelSpec
+from llmopt.quantize.scheme import Scheme
+
+Override = tuple[str, Scheme]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What one linear or embedding is to get; no scheme means left alone, and `reason` says why."""
+
+    name: str
+    scheme: Scheme | None
+    reason: str | None = None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern means this name."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[start:]), pattern) for start in range(len(parts)))
+
+
+def assign(
+    spec: ModelSpec, default: Scheme, overrides: Sequence[Override] = (), ignore: Sequence[str] = ()
+) -> dict[str, Assignment]:
+    """Assign schemes to every quantizable tensor, by module name: the embedding, every linear, the head.
+
+    A tied head and its embedding are one tensor: what is said of either holds for both.
+
+    Raises:
+        UsageError: a pattern matches nothing, or the two sides of a tied pair are to get different schemes.
+    """
+    names = [spec.embedding.name, *(linear.name for linear in spec.linears())]
+    _require_matches([pattern for pattern, _ in overrides] + list(ignore), names)
+    found = {name: _decide(name, default, overrides, ignore) for name in names}
+    if spec.tied:
+        _tie(found, spec.embedding.name, spec.head.name, default)
+    return {name: _for_table(item) if name == spec.embedding.name else item for name, item in found.items()}
+
+
+def _decide(name: str, default: Scheme, overrides: Sequence[Override], ignore: Sequence[str]) -> Assignment:
+    ignored = next((pattern for pattern in ignore if matches(pattern, name)), None)
+    if ignored is not None:
+        return Assignment(name=name, scheme=None, reason=f"ignored: matches {ignored!r}")
+    override = next((item for item in reversed(overrides) if matches(item[0], name)), None)
+    if override is None:
+        return Assignment(name=name, scheme=default)
+    return Assignment(name=name, scheme=override[1], reason=f"override: matches {override[0]!r}")
+
+
+def _tie(found: dict[str, Assignment], table: str, head: str, default: Scheme) -> None:
+    said = [name for name in (head, table) if found[name] != Assignment(name=name, scheme=default)]
+    if len(said) == 2 and found[head].scheme != found[table].scheme:
+        raise UsageError(
+            f"{head} and {table} are tied: they are one tensor and cannot have two schemes",
+            hint=f"name only {head}",
+        )
+    leader, follower = (table, head) if said == [table] else (head, table)
+    found[follower] = replace(found[leader], name=follower, reason=f"shares its bytes with {leader}")
+
+
+def _for_table(item: Assignment) -> Assignment:
+    """A table is looked up, not multiplied: only the weights' side of a scheme applies to it."""
+    if item.scheme is None or item.scheme.activation_bits != 8 or item.reason is not None:
+        return item
+    return replace(item, reason="a lookup has no activations: the weights' side of the scheme applies")
+
+
+def _require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, sorted(set(_tails(names))), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"names look like {names[1]!r}"
+            raise UsageError(f"{pattern!r} matches no linear and no embedding", hint=hint)
+
+
+def _tails(names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        parts = name.split(".")
+        yield from (".".join(parts[start:]) for start in range(len(parts)))

@@ -1,0 +1,80 @@
+"""Codes as the bytes that kernels read.
+
+MatMulNBits and GatherBlockQuantized take the same bytes: each row cut into blocks, two 4-bit codes a byte, low nibble
+first. A row that does not fill its last block is padded with the zero point, which stands for 0.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmopt.quantize.weights import QuantizedWeight
+
+Bytes = NDArray[np.uint8]
+
+# The kernels take blocks of 16 to 256; a scheme per channel uses the largest of these that cuts its rows evenly, since
+# int8 activations are scaled per block as well, and smaller blocks follow them better.
+CHANNEL_BLOCKS = (128, 64, 32, 16)
+
+
+def block_size(weight: QuantizedWeight) -> int:
+    """The kernel's block for this weight: its group, or for a whole row a size that divides it."""
+    columns = weight.codes_OI.shape[1]
+    if weight.scheme.group_size is not None:
+        return weight.scheme.group_size
+    return next((size for size in CHANNEL_BLOCKS if columns % size == 0), 32)
+
+
+def pack_nibbles(values_RC: Bytes) -> Bytes:
+    """Two 4-bit values a byte, the first in the low nibble; an odd last column is padded with 0."""
+    if values_RC.shape[1] % 2:
+        values_RC = np.pad(values_RC, ((0, 0), (0, 1)))
+    packed: Bytes = values_RC[:, 0::2] | (values_RC[:, 1::2] << np.uint8(4))
+    return packed
+
+
+def unpack_nibbles(packed_RC: Bytes, columns: int) -> Bytes:
+    """The inverse of `pack_nibbles`."""
+    values = np.stack([packed_RC & 15, packed_RC >> 4], axis=-1)
+    return values.reshape(len(packed_RC), -1)[:, :columns]
+
+
+def pack_codes(weight: QuantizedWeight) -> Bytes:
+    """Codes as uint8 [out, blocks, block * bits / 8]."""
+    size, (rows, columns) = block_size(weight), weight.codes_OI.shape
+    blocks = -(-columns // size)
+    codes = weight.codes_OI.numpy()
+    if blocks * size > columns:
+        # Each padded code is the zero point of the group that it falls into.
+        zeros = zero_points(weight)[:, -1:]
+        codes = np.concatenate([codes, np.repeat(zeros, blocks * size - columns, axis=1)], axis=1)
+    packed = pack_nibbles(codes) if weight.scheme.bits == 4 else codes
+    return packed.reshape(rows, blocks, -1)
+
+
+def block_scales(weight: QuantizedWeight) -> NDArray[np.float32]:
+    """One scale a block, float32 [out, blocks]; a scheme per channel repeats its own."""
+    return _per_block(weight, weight.scales_OG.numpy())
+
+
+def block_zero_points(weight: QuantizedWeight) -> Bytes | None:
+    """One zero point a block, packed like the codes; None where the kernel's own default, 2**(bits - 1), is meant."""
+    if weight.zero_points_OG is None:
+        return None
+    zeros = _per_block(weight, zero_points(weight))
+    return pack_nibbles(zeros) if weight.scheme.bits == 4 else zeros
+
+
+def zero_points(weight: QuantizedWeight) -> Bytes:
+    """The zero points as they are meant, [out, groups]."""
+    if weight.zero_points_OG is None:
+        return np.full(weight.scales_OG.shape, 2 ** (weight.scheme.bits - 1), np.uint8)
+    return weight.zero_points_OG.numpy()
+
+
+def _per_block(weight: QuantizedWeight, values_OG: NDArray[Any]) -> NDArray[Any]:
+    if weight.scheme.group_size is not None:
+        return values_OG
+    blocks = -(-weight.codes_OI.shape[1] // block_size(weight))
+    return np.repeat(values_OG, blocks, axis=1)
