@@ -28,11 +28,25 @@ print(json.dumps({"engine": "fake 1", "vocab_size": 50 + len(path.name), "ttft_m
 """
 
 
+def artifacts(folder):
+    for name, factor in (("base", 1.0), ("same", 1.0), ("slower", 1.1)):
+        (folder / name).write_text(str(factor))
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
-    for name, factor in (("base", 1.0), ("same", 1.0), ("slower", 1.1)):
-        (tmp_path / name).write_text(str(factor))
-    return tmp_path
+    return artifacts(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same artifact and a slower one against the baseline: the outcome, and the jobs that were done for it."""
+    folder = artifacts(tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "load_average", lambda: 0.1)
+        outcome = measure(folder, ["same", "slower"])
+    return outcome, [json.loads(line) for line in (folder / "log").read_text().splitlines()]
 
 
 def measure(folder, candidates, settings=SETTINGS):
@@ -46,9 +60,8 @@ def quiet(monkeypatch):
     monkeypatch.setattr(latency, "load_average", lambda: 0.1)
 
 
-def test_a_planted_slow_down_is_seen_and_the_same_artifact_is_not(folder, quiet):
-    outcome = measure(folder, ["same", "slower"])
-    same, slower = (side.deltas for side in outcome.candidates)
+def test_a_planted_slow_down_is_seen_and_the_same_artifact_is_not(whole):
+    same, slower = (side.deltas for side in whole[0].candidates)
     for metric in ("ttft_ms", "tpot_ms", "prefill_tokens_per_s", "decode_tokens_per_s"):
         assert same[metric].low <= 0 <= same[metric].high
         assert same[metric].detectable < 0.05
@@ -59,8 +72,8 @@ def test_a_planted_slow_down_is_seen_and_the_same_artifact_is_not(folder, quiet)
     assert slower["peak_rss_bytes"].relative == pytest.approx(0.1)
 
 
-def test_metrics_are_medians_with_counts_and_rates_follow_from_times(folder, quiet):
-    outcome = measure(folder, ["same"])
+def test_metrics_are_medians_with_counts_and_rates_follow_from_times(whole):
+    outcome, _ = whole
     metrics = outcome.candidates[0].metrics
     assert metrics["ttft_ms"].value == pytest.approx(100, rel=0.03)
     assert metrics["prefill_tokens_per_s"].value == pytest.approx(4000 / metrics["ttft_ms"].value, rel=1e-3)
@@ -70,8 +83,8 @@ def test_metrics_are_medians_with_counts_and_rates_follow_from_times(folder, qui
     assert metrics["peak_rss_bytes"].n == 6
 
 
-def test_a_percentile_stands_only_where_the_calls_support_it(folder, quiet):
-    outcome = measure(folder, ["same"])
+def test_a_percentile_stands_only_where_the_calls_support_it(whole):
+    outcome, _ = whole
     extra = outcome.candidates[0].extra
     assert extra["tpot_ms_p90"].value <= extra["tpot_ms_max"].value
     assert extra["tpot_ms_p99"] is None
@@ -79,9 +92,8 @@ def test_a_percentile_stands_only_where_the_calls_support_it(folder, quiet):
     assert any("48 calls cannot support p99" in note for note in outcome.notes)
 
 
-def test_all_variants_get_the_same_tokens_and_only_such_as_all_know(folder, quiet):
-    measure(folder, ["same", "slower"])
-    jobs = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+def test_all_variants_get_the_same_tokens_and_only_such_as_all_know(whole):
+    _, jobs = whole
     opened, measured = jobs[:3], jobs[3:]
     assert all(job["repetitions"] == 0 for job in opened)
     assert len(measured) == 6 * 4
