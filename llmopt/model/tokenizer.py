@@ -17,7 +17,6 @@ from llmopt.model.json_file import read_object
 
 _OLDER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_CONTEXT_TOKENS = 6  # of a prompt: what a decoder may have to see to decide about a leading space
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole character
 
 
@@ -88,24 +87,24 @@ class Tokenizer:
 class DecodeStream:
     """Gives text as soon as its last character is complete.
 
-    What a token says depends on those around it: a leading space, a character cut in two. So each step decodes the
-    last few tokens without and with the new one, and gives the difference.
+    What a token says depends on those around it: a leading space, a character cut in two. So each step decodes what
+    it gave last, which begins and ends with whole characters, without and with the new tokens; it gives the difference.
     """
 
     def __init__(self, tokenizer: Tokenizer, behind: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(behind)[-_CONTEXT_TOKENS:]
-        self._told = len(self._ids)  # so many of them have been given as text
+        self._ids = list(behind)
+        self._given = len(self._ids)  # so many of them have been given as text
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty if it completes none."""
         self._ids.append(token_id)
-        known = self._tokenizer.decode(self._ids[: self._told])
+        known = self._tokenizer.decode(self._ids[: self._given])
         text = self._tokenizer.decode(self._ids)
         if len(text) <= len(known) or text.endswith(_UNFINISHED):
             return ""
-        self._ids = self._ids[max(0, self._told - _CONTEXT_TOKENS) :]
-        self._told = len(self._ids)
+        self._ids = self._ids[self._given :]
+        self._given = len(self._ids)
         return text[len(known) :]
 
 
