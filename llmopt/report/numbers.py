@@ -47,7 +47,7 @@ def noise_text(delta: Delta | None) -> str:
     """The noise floor, such as `±0.02 %`: what the baseline against itself shows at most."""
     if delta is None or delta.noise_low is None or delta.noise_high is None:
         return ""
-    noise = _percent(max(-delta.noise_low, delta.noise_high))
+    noise = _percent(max(abs(delta.noise_low), abs(delta.noise_high)))
     return noise if noise.startswith("<") else f"±{noise}"
 
 

@@ -62,7 +62,7 @@ class Delta:
         """
         if self.low is None or self.high is None:
             return None
-        noise = max(-(self.noise_low or 0.0), self.noise_high or 0.0)
+        noise = max(abs(self.noise_low or 0.0), abs(self.noise_high or 0.0))
         return max(self.relative - self.low, self.high - self.relative, noise)
 
     def to_json(self) -> dict[str, Any]:

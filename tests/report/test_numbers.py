@@ -68,4 +68,4 @@ def test_noise_is_the_larger_end_and_detectable_is_never_below_it():
 
 def test_noise_below_a_hundredth_of_a_percent_is_only_called_so():
     assert numbers.noise_text(Delta(relative=0, noise_low=-1e-7, noise_high=0)) == "<0.01 %"
-    assert numbers.noise_text(Delta(relative=0, noise_low=0, noise_high=0)) == "±0 %"
+    assert numbers.noise_text(Delta(relative=0.0, noise_low=0.0, noise_high=0.0)) == "±0 %"
