@@ -5,14 +5,17 @@ rich is imported where something is drawn, because `--help` has no use for it an
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmopt.cli.streams import write_out
 from llmopt.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
     from rich.console import RenderableType
+
+    Drawing = RenderableType | Callable[[RichConsole], None]
 
 # Tables in the log of a CI job have no terminal to ask for its width.
 _WIDTH_OF_A_LOG = 120
@@ -25,8 +28,11 @@ class Console:
         self._json = json
         self.progress: Progress = Silent() if quiet else _progress()
 
-    def result(self, value: Mapping[str, Any], text: "RenderableType") -> None:
-        """Print the result: `value` as one JSON object if that was asked for, else `text`, which rich draws."""
+    def result(self, value: Mapping[str, Any], text: "Drawing") -> None:
+        """Print the result: `value` as one JSON object if that was asked for, else `text`, which rich draws.
+
+        `text` is something that rich can print, or a function that prints on the console that it is given.
+        """
         if self._json:
             from llmopt.artifact import to_json_text
 
@@ -42,11 +48,14 @@ def _progress() -> Progress:
     return BarProgress(console) if console.is_terminal else LineProgress(console)
 
 
-def _drawn(text: "RenderableType") -> str:
+def _drawn(text: "Drawing") -> str:
     from rich.console import Console as RichConsole
 
     follows_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = RichConsole(file=sys.stdout, width=None if follows_terminal else _WIDTH_OF_A_LOG)
     with console.capture() as capture:
-        console.print(text, markup=False, highlight=False)
+        if callable(text):
+            text(console)
+        else:
+            console.print(text, markup=False, highlight=False)
     return capture.get()

@@ -3,6 +3,7 @@
 An optional flag that nobody typed is None: the recipe may then say, after it the environment, and last the default.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,3 +21,26 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value: --set steps.0.quantize.scheme=w8a8."),
 ]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model's own code run where its tokenizer needs it.")
+]
+
+
+def thread_count(flag: int | None, recipe: int | None = None) -> int:
+    """Threads to compute with: the flag, then the recipe, then LLMOPT_THREADS, then all cores that may be used.
+
+    Raises:
+        UsageError: the environment names no number of threads.
+    """
+    from llmopt.errors import UsageError
+    from llmopt.measure.host import usable_cores
+
+    named = os.environ.get("LLMOPT_THREADS", "")
+    if flag or recipe or not named:
+        return flag or recipe or usable_cores()
+    if not named.isdecimal() or int(named) < 1:
+        raise UsageError(
+            f"{named!r} is no number of threads", where="LLMOPT_THREADS", hint="unset it, or give 1 or more"
+        )
+    return int(named)

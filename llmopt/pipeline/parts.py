@@ -58,7 +58,7 @@ class PartReader:
         if not self.spec.tied:
             return self._part(norm, [head])
         table = embedding.weights[head.weight.name]
-        bias = [tensor for tensor in head.tensors()]
+        bias = list(head.tensors())
         layer = self._result(head.name, table, embedding.layers[0].relative_error)
         return Part({head.weight.name: table, **self._read([*norm, *bias])}, (layer,))
 

@@ -4,16 +4,20 @@ from pathlib import Path
 
 import numpy as np
 
+from llmopt.calibrate.text import built_in
+from llmopt.calibrate.windows import windows
 from llmopt.engine.base import TokenIds
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import ModelSpec
+from llmopt.model.tokenizer import Tokenizer
 
-WINDOWS = 2
-WINDOW_TOKENS = 128
+COUNT = 2
+LENGTH = 128
 
 
 def verification_windows(spec: ModelSpec, folder: Path, seed: int) -> list[TokenIds]:
-    """Windows of token ids, [tokens] each; as long as the model can read, if that is less than the usual length."""
-    length = min(WINDOW_TOKENS, longest_sequence(spec))
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, spec.vocab_size, length) for _ in range(WINDOWS)]
+    """A few windows of the built-in text, [tokens] each, in the tokens of the model whose tokenizer is in `folder`."""
+    length = min(LENGTH, longest_sequence(spec))
+    found = windows(built_in(count=40, seed=seed), Tokenizer.from_folder(folder), length, COUNT * length)
+    # A tokenizer may know more tokens than the model has rows.
+    return [np.minimum(ids, spec.vocab_size - 1) for ids in found.ids[:COUNT]]

@@ -8,8 +8,8 @@ from torch import Tensor
 from llmopt.model.spec import Linear
 from llmopt.quantize.weights import QuantizedWeight
 
-INT8_TOP = 127
-SMALLEST_ROW = 1e-30  # stands in for the largest magnitude of a row of zeros
+TOP = 255
+SMALLEST_WIDTH = 1e-30  # stands in for the width of a row whose values are all equal
 
 
 def quantized_apply(weights: Mapping[str, Tensor | QuantizedWeight], linear: Linear, x: Tensor) -> Tensor:
@@ -25,6 +25,7 @@ def quantized_apply(weights: Mapping[str, Tensor | QuantizedWeight], linear: Lin
 
 
 def round_rows(x: Tensor) -> Tensor:
-    """Activations as 8 bits keep them: each row (a token) on a grid of 255 points around zero, as wide as the row."""
-    largest = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_ROW)
-    return (x / largest * INT8_TOP).round_() * (largest / INT8_TOP)
+    """Activations as 8 bits keep them: each row (a token) on 256 points from its lowest value to its highest."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    width = (high - low).clamp_min(SMALLEST_WIDTH)
+    return low + ((x - low) / width * TOP).round_() * (width / TOP)

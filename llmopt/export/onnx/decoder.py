@@ -25,9 +25,9 @@ Weights = Mapping[str, Tensor | QuantizedWeight]
 class DecoderGraph:
     """Call `embedding`, then `block` for each block, then `head`, then `save`."""
 
-    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, *, signed_int8: bool = False) -> None:
         self.spec = spec
-        self.graph = Graph(folder)
+        self.graph = Graph(folder, signed_int8=signed_int8)
         self.residual = ""  # the sum so far
         self.branch: str | None = None  # what is to be added to it by the next norm
         self.tied_table: TiedTable | None = None

@@ -7,7 +7,8 @@ from onnx import TensorProto
 from torch import Tensor
 
 from llmopt.export.onnx.graph import MICROSOFT, Graph
-from llmopt.export.onnx.linear import Product, add_bias, int8_product, matmul_nbits, write_blocks, write_columns
+from llmopt.export.onnx.int8 import code_of_zero, int8_product, write_columns
+from llmopt.export.onnx.linear import Product, add_bias, matmul_nbits, write_blocks
 from llmopt.model.spec import Embedding, Linear
 from llmopt.quantize.pack import block_size
 from llmopt.quantize.weights import QuantizedWeight
@@ -61,14 +62,16 @@ def gather_blocks(graph: Graph, embedding: Embedding, table: QuantizedWeight) ->
 
 def gather_channels(graph: Graph, embedding: Embedding, table: QuantizedWeight) -> tuple[str, tuple[str, ...]]:
     """Columns of the codes [width, vocab] that the integer head multiplies by, turned and scaled."""
-    codes, scales = write_columns(graph, embedding.name, table)
+    tensors = write_columns(graph, embedding.name, table)
+    codes, scales, _ = tensors
     columns = graph.node("Gather", [codes, "input_ids"], f"{embedding.name}/columns", axis=1)
     rows = graph.node("Transpose", [columns], f"{embedding.name}/rows", perm=[1, 2, 0])
-    values = graph.node("Cast", [rows], f"{embedding.name}/values", to=TensorProto.FLOAT)
-    values = graph.node("Sub", [values, graph.constant(np.float32(128))], f"{embedding.name}/centred")
     steps = graph.node("Gather", [scales, "input_ids"], f"{embedding.name}/steps", axis=0)
     steps = graph.node("Unsqueeze", [steps, graph.constant(np.array([-1], np.int64))], f"{embedding.name}/steps_column")
-    return graph.node("Mul", [values, steps], embedding.name), (codes, scales)
+    values = graph.node("Cast", [rows], f"{embedding.name}/values", to=TensorProto.FLOAT)
+    zero = graph.node("Cast", [code_of_zero(graph)], f"{embedding.name}/zero", to=TensorProto.FLOAT)
+    centered = graph.node("Sub", [values, zero], f"{embedding.name}/centered")
+    return graph.node("Mul", [centered, steps], embedding.name), tensors
 
 
 def emit_tied_head(graph: Graph, x: str, head: Linear, table: TiedTable) -> str:
@@ -77,5 +80,5 @@ def emit_tied_head(graph: Graph, x: str, head: Linear, table: TiedTable) -> str:
     if not isinstance(table.weight, QuantizedWeight):
         return graph.node("FusedMatMul", [x, *table.tensors], head.name, domain=MICROSOFT, transB=1)
     if table.weight.scheme.activation_bits == 8:
-        return add_bias(graph, int8_product(graph, x, head.name, *table.tensors), product)
+        return add_bias(graph, int8_product(graph, x, head.name, table.tensors), product)
     return matmul_nbits(graph, x, product, table.weight, table.tensors)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llmopt.export.onnx.graph import MICROSOFT, Graph
+from llmopt.export.onnx.int8 import int8_product, write_columns
 from llmopt.quantize.pack import block_scales, block_size, block_zero_points, pack_codes
 from llmopt.quantize.weights import QuantizedWeight, stack_rows
 
@@ -59,7 +59,8 @@ def emit(graph: Graph, x: str, product: Product) -> str:
         weight = graph.tensor(f"{product.name}.weight", product.weight.T.contiguous().numpy())
         return add_bias(graph, graph.node("MatMul", [x, weight], product.name), product)
     if product.weight.scheme.activation_bits == 8:
-        return emit_int8(graph, x, product, product.weight)
+        codes = write_columns(graph, product.name, product.weight)
+        return add_bias(graph, int8_product(graph, x, product.name, codes), product)
     return emit_blocks(graph, x, product, product.weight)
 
 
@@ -106,47 +107,3 @@ def matmul_nbits(graph: Graph, x: str, product: Product, weight: QuantizedWeight
         block_size=block_size(weight),
         accuracy_level=ACCURACY_LEVEL,
     )
-
-
-def emit_int8(graph: Graph, x: str, product: Product, weight: QuantizedWeight) -> str:
-    """Integers on both sides: activations with one scale a token, weights with one scale a channel."""
-    codes, scales = write_columns(graph, product.name, weight)
-    return add_bias(graph, int8_product(graph, x, product.name, codes, scales), product)
-
-
-def write_columns(graph: Graph, name: str, weight: QuantizedWeight) -> tuple[str, str]:
-    """Write the codes as [in, out] and the scales as [out]; gives their names.
-
-    The codes stay unsigned, around 128. As signed bytes they would be multiplied by x86 CPUs without VNNI in 16 bits
-    that saturate, two channels at a time; unsigned ones are widened first. With VNNI both run the same kernel.
-    """
-    codes = graph.tensor(f"{name}.codes", np.ascontiguousarray(weight.codes_OI.numpy().T))
-    return codes, graph.tensor(f"{name}.scales", weight.scales_OG[:, 0].numpy())
-
-
-def int8_product(graph: Graph, x: str, name: str, codes: str, scales: str) -> str:
-    """The nodes alone, over codes [in, out] that are written already.
-
-    Each row of x is divided by its largest magnitude, so that one constant scale, 1/127, serves the per-tensor kernel
-    for every token, and multiplied back afterwards. Linears that share x share its codes. `DynamicQuantizeMatMul` is
-    the same kernel, but takes the range from the whole batch: a token's result would depend on its neighbours.
-    """
-    step, zero = graph.constant(np.float32(1 / 127)), graph.constant(np.uint8(128))
-    x_codes, row_scales = int8_rows(graph, x, step, zero)
-    inputs = [x_codes, codes, step, scales, zero, zero]
-    product = graph.node("MatMulIntegerToFloat", inputs, f"{name}/integers", domain=MICROSOFT)
-    return graph.node("Mul", [product, row_scales], name)
-
-
-def int8_rows(graph: Graph, x: str, step: str, zero: str) -> tuple[str, str]:
-    """uint8 codes around 128 of x divided by each row's largest magnitude, and those magnitudes [batch, tokens, 1]."""
-    codes, scales = f"{x}/codes", f"{x}/row_scales"
-    if not any(codes in node.output for node in reversed(graph.nodes)):
-        magnitude = graph.node("Abs", [x], f"{x}/abs")
-        last = graph.constant(np.array([-1], np.int64))
-        largest = graph.node("ReduceMax", [magnitude, last], f"{x}/largest", keepdims=1)
-        # A row of zeros has no largest magnitude; any positive one serves.
-        graph.node("Max", [largest, graph.constant(np.float32(1e-30))], f"{x}/max", outputs=[scales])
-        unit = graph.node("Div", [x, scales], f"{x}/unit")
-        graph.node("QuantizeLinear", [unit, step, zero], f"{x}/quantize", outputs=[codes])
-    return codes, scales

@@ -1,0 +1,190 @@
+"""`llmopt quantize`: a model in, a quantized artifact out, checked against what it should compute."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmopt.cli.console import Console
+from llmopt.cli.options import (
+    DryRun,
+    Force,
+    Json,
+    Model,
+    Output,
+    Quiet,
+    Revision,
+    Seed,
+    Threads,
+    TrustRemoteCode,
+    thread_count,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from rich.console import Console as RichConsole
+
+    from llmopt.pipeline.quantize import Prepared, QuantizeRequest, QuantizeResult
+    from llmopt.quantize.assign import Override
+    from llmopt.report.results import LayerResult
+
+
+def quantize(
+    model: Model,
+    output: Output,
+    scheme: Annotated[
+        str,
+        typer.Option(
+            "--scheme",
+            metavar="SCHEME",
+            help="w8a16, w4a16 or w8a8; behind the first two -g32, -g64, -g128 or -channel, and -sym or -asym: "
+            "w4a16-g128-sym.",
+        ),
+    ] = "w8a16",
+    method: Annotated[
+        str, typer.Option("--method", metavar="METHOD", help="How the numbers are found: rtn, rounding to nearest.")
+    ] = "rtn",
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override",
+            metavar="PATTERN=SCHEME",
+            help="Another scheme for the layers that match: 'lm_head=w8a16', '*.down_proj=w8a16'. May be repeated.",
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="PATTERN", help="Leave layers that match as they are. May be repeated."),
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="What to write: onnx, for onnxruntime and its genai.")
+    ] = "onnx",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    seed: Seed = None,
+    threads: Threads = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model to integers, and write an artifact that onnxruntime opens.
+
+    Every linear and embedding gets the scheme or is named with the reason why not. The graph that is written is then
+    opened and held against the quantized model in torch; if they differ, nothing is left behind.
+
+    Example: llmopt quantize demo -o demo-int4 --scheme w4a16 --override lm_head=w8a16
+    """
+    from llmopt.errors import UsageError
+    from llmopt.quantize.registry import find_method
+    from llmopt.quantize.scheme import parse_scheme
+
+    if format_ != "onnx":
+        raise UsageError(f"there is no format {format_!r}", hint="--format onnx")
+    parsed = parse_scheme(scheme)
+    overrides = tuple(map(parse_override, override or ()))
+    find_method(method)
+
+    from llmopt.pipeline.quantize import QuantizeRequest
+
+    request = QuantizeRequest(
+        model=model,
+        output=output,
+        scheme=parsed,
+        method=method,
+        overrides=overrides,
+        ignore=tuple(ignore or ()),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        seed=seed or 0,
+        threads=thread_count(threads),
+        force=force,
+    )
+    console = Console(json=json, quiet=quiet)
+    if dry_run:
+        show_plan(request, console)
+    else:
+        show_result(request, console)
+
+
+def parse_override(text: str) -> "Override":
+    """`PATTERN=SCHEME` as its two halves."""
+    from llmopt.errors import UsageError
+    from llmopt.quantize.scheme import parse_scheme
+
+    pattern, equals, scheme = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"--override {text!r} has no PATTERN=SCHEME", hint="--override 'lm_head=w8a16'")
+    return pattern, parse_scheme(scheme)
+
+
+def show_plan(request: "QuantizeRequest", console: Console) -> None:
+    """Say what would be done."""
+    from llmopt.artifact import check_destination
+    from llmopt.pipeline.quantize import prepare
+
+    check_destination(request.output, force=request.force)
+    prepared = prepare(request, console.progress)
+    layers = planned_layers(prepared)
+    value = {
+        "schema": "llmopt.quantize-plan/1",
+        "model": request.model,
+        "output": str(request.output),
+        "estimated_bytes": prepared.estimated_bytes,
+        "layers": [layer.to_json() for layer in layers],
+    }
+    line = f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB; nothing was done"
+    console.result(value, drawing(layers, [line]))
+
+
+def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
+    """Each layer with what it is to get."""
+    from llmopt.report.results import LayerResult
+
+    method = prepared.method.name
+    return tuple(
+        LayerResult(
+            name=item.name,
+            scheme=None if item.scheme is None else item.scheme.name,
+            method=None if item.scheme is None else method,
+            reason=item.reason,
+        )
+        for item in prepared.assignments.values()
+    )
+
+
+def show_result(request: "QuantizeRequest", console: Console) -> None:
+    """Do it, and say what came of it."""
+    from llmopt.pipeline.quantize import quantize as do_quantize
+
+    result = do_quantize(request, console.progress)
+    value = {"path": str(result.path)} | result.report.to_json()
+    console.result(value, drawing(result.report.candidates[0].layers, outcome_lines(result)))
+
+
+def outcome_lines(result: "QuantizeResult") -> list[str]:
+    """The artifact in a few lines."""
+    size = result.report.candidates[0].metrics["size_bytes"]
+    assert size is not None
+    exact, shipped = result.verification.exact, result.verification.shipped
+    return [
+        f"wrote {result.path}: {size.value / 1e6:,.1f} MB",
+        f"the graph against the quantized model in torch, on {exact.tokens} tokens:",
+        f"  in float32: relative error {exact.relative_error:.1e}, top-1 agreement {exact.top1_agreement:.1%}",
+        f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}",
+        *result.report.notes,
+        f"next: llmopt bench {result.path} --baseline MODEL, llmopt generate {result.path} PROMPT",
+    ]
+
+
+def drawing(layers: "Iterable[LayerResult]", lines: "Sequence[str]") -> "Callable[[RichConsole], None]":
+    """The layers, and lines under them."""
+
+    def draw(console: "RichConsole") -> None:
+        from llmopt.report.render import print_layers
+
+        print_layers(layers, console)
+        for line in ("", *lines):
+            console.print(line, markup=False, highlight=False)
+
+    return draw

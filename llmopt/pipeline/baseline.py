@@ -1,0 +1,64 @@
+"""The baseline: the unquantized model under the same engine, exported once and kept."""
+
+import os
+from pathlib import Path
+
+from llmopt import __version__
+from llmopt.artifact import MANIFEST, Manifest, check_free_disk, load_manifest, staged, write_manifest
+from llmopt.errors import ArtifactError
+from llmopt.measure.host import versions
+from llmopt.model.source import open_source
+from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
+from llmopt.pipeline.quantize import source_entry
+from llmopt.progress import Progress
+from llmopt.quantize.assign import Assignment
+
+CACHE_VARIABLE = "LLMOPT_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where exported baselines are kept: `LLMOPT_CACHE`, or `llmopt` in the user's cache folder."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmopt"
+
+
+def is_artifact(name: str) -> bool:
+    """Whether a model's name is the folder of an artifact."""
+    return (Path(name) / MANIFEST).is_file()
+
+
+def float_artifact(model: str, *, revision: str | None, threads: int, progress: Progress) -> Path:
+    """The folder of a model as a float32 ONNX artifact; an artifact's own folder if that is what `model` names.
+
+    Raises:
+        LlmoptError: the model is not there, not supported or damaged, or the disk is full.
+    """
+    if is_artifact(model):
+        load_manifest(Path(model))
+        return Path(model)
+    source = open_source(model, revision=revision, progress=progress)
+    names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]
+    assignments = {name: Assignment(name=name, scheme=None, reason="the baseline") for name in names}
+    manifest = Manifest(
+        source=source_entry(source), format=FORMAT, seed=0, versions={"llmopt": __version__, **versions()}
+    )
+    folder = cache_folder() / "baselines" / manifest.key[:32]
+    if _is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_free_disk(folder.parent, estimated_bytes(source.spec, assignments))
+    job = Export(source=source, assignments=assignments, method=None, seed=0, threads=threads)
+    # Another process may be writing the same baseline: whichever is done last stays, and both are the same.
+    with staged(folder, force=True) as partial:
+        export(job, partial, progress)
+        write_manifest(partial, manifest)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        load_manifest(folder)
+    except ArtifactError:
+        return False
+    return True

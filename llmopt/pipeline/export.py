@@ -1,0 +1,112 @@
+"""A model as an ONNX artifact, quantized or not: streamed into the graph, and through the reference beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmopt import __version__
+from llmopt.artifact import write_json
+from llmopt.export.genai import GENAI_CONFIG, genai_config
+from llmopt.export.onnx.decoder import DecoderGraph
+from llmopt.export.onnx.graph import DATA_FILE, GRAPH_FILE
+from llmopt.model.checkpoint import open_checkpoint
+from llmopt.model.source import CONFIG, GENERATION_CONFIG, ModelSource
+from llmopt.model.spec import ModelSpec
+from llmopt.model.storage import stored_bytes
+from llmopt.pipeline.parts import PartReader
+from llmopt.pipeline.verify import Reference, Verification, verify
+from llmopt.pipeline.windows import verification_windows
+from llmopt.progress import Progress
+from llmopt.quantize.assign import Assignment
+from llmopt.quantize.method import Method
+from llmopt.report.results import LayerResult
+
+FORMAT = "onnx"
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What to write: each layer's scheme, and the method that finds its numbers (None: every layer stays float)."""
+
+    source: ModelSource
+    assignments: Mapping[str, Assignment]
+    method: Method | None
+    seed: int
+    threads: int
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+        return self.source.spec
+
+
+def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerResult, ...], Verification]:
+    """Write graph, data, configs and tokenizer into `folder`; gives each layer's result and how well they agree.
+
+    Raises:
+        LlmoptError: the weights are damaged, or the graph does not compute what the quantized model computes.
+    """
+    import torch  # noqa: PLC0415 (late: a mistake in a request should not wait for it)
+
+    torch.set_num_threads(job.threads)
+    write_companions(job.source, folder)
+    reference = Reference(job.spec, verification_windows(job.spec, folder, job.seed))
+    layers = write_graph(job, folder, reference, progress)
+    with progress.task("comparing the graph with the model in torch"):
+        return layers, verify(folder, reference, job.threads)
+
+
+def write_graph(job: Export, folder: Path, reference: Reference, progress: Progress) -> tuple[LayerResult, ...]:
+    """Stream the model part by part: read, quantize, write, run the reference, forget."""
+    spec, graph = job.spec, DecoderGraph(folder, job.spec)
+    layers: list[LayerResult] = []
+    with (
+        open_checkpoint(job.source) as checkpoint,
+        progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
+    ):
+        parts = PartReader(spec, checkpoint, job.assignments, job.method)
+        embedding = parts.embedding()
+        graph.embedding(embedding.weights)
+        reference.embedding(embedding.weights)
+        layers += embedding.layers
+        task.advance(note="embedding done")
+        for block, part in zip(spec.blocks, parts.blocks(), strict=True):
+            graph.block(block, part.weights)
+            reference.block(block, part.weights)
+            layers += part.layers
+            task.advance(note=f"block {block.index + 1} of {len(spec.blocks)} done")
+        head = parts.head(embedding)
+        graph.head(head.weights)
+        reference.head(head.weights)
+        layers += head.layers
+        graph.save(__version__)
+        task.advance(note="head done")
+    return tuple(layers)
+
+
+def write_companions(source: ModelSource, folder: Path) -> None:
+    """What lies beside the graph: configs, tokenizer, and what onnxruntime-genai wants to know."""
+    source.write_tokenizer(folder)
+    write_json(folder / CONFIG, source.config)
+    if source.generation_config:
+        write_json(folder / GENERATION_CONFIG, source.generation_config)
+    config = genai_config(source.spec, source.generation_config, GRAPH_FILE)
+    if config is not None:
+        write_json(folder / GENAI_CONFIG, config)
+
+
+def model_bytes(folder: Path) -> int:
+    """Size of the model itself: the graph and its data."""
+    return sum((folder / name).stat().st_size for name in (GRAPH_FILE, DATA_FILE))
+
+
+def estimated_bytes(spec: ModelSpec, assignments: Mapping[str, Assignment]) -> int:
+    """What the weights take on disk under their schemes, before any is read."""
+    matrices = {spec.embedding.name: next(spec.embedding.tensors()).shape}
+    matrices |= {linear.name: linear.weight.shape for linear in spec.linears() if linear.tied_to is None}
+    total = 0
+    for name, (rows, columns) in matrices.items():
+        scheme = assignments[name].scheme
+        total += FLOAT_BYTES * rows * columns if scheme is None else stored_bytes(rows, columns, scheme)
+    return total

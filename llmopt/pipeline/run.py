@@ -1,0 +1,130 @@
+"""A recipe, from its first step to its verdicts. A step whose artifact is there already, whole, is not done again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmopt.artifact import REPORT, load_manifest, write_json
+from llmopt.errors import ArtifactError, ExitCode, UsageError
+from llmopt.measure.latency import LatencySettings
+from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
+from llmopt.pipeline.quantize import Prepared, QuantizeRequest, execute, prepare
+from llmopt.progress import Progress
+from llmopt.quantize.scheme import parse_scheme
+from llmopt.recipe import QuantizeStep, Recipe
+from llmopt.report.gates import exit_code, judge, parse_gate
+from llmopt.report.results import GateResult, Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What became of a recipe. `report` is None when it asks for no measurement."""
+
+    artifacts: tuple[Path, ...]
+    report: Report | None
+    exit_code: ExitCode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What the command line adds to a recipe."""
+
+    threads: int
+    seed: int
+    force: bool = False
+
+
+def plan(recipe: Recipe, options: RunOptions, progress: Progress) -> list[Prepared]:
+    """Every step, its model found and its layers assigned; nothing is written and no weight is read.
+
+    Raises:
+        LlmoptError: a step cannot be done, or two have the same name.
+    """
+    names = [step.quantize.name for step in recipe.steps]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two steps are named {repeated!r}", hint="each writes the folder of its name: rename one")
+    for gate in recipe.gates:
+        if gate.candidate is not None and gate.candidate not in names:
+            raise UsageError(f"a gate is about {gate.candidate!r}, which is no step", hint=f"steps: {', '.join(names)}")
+    return [prepare(_request(recipe, step.quantize, options), progress) for step in recipe.steps]
+
+
+def run(recipe: Recipe, options: RunOptions, progress: Progress) -> RunResult:
+    """Do all that the recipe says.
+
+    Raises:
+        LlmoptError: a step cannot be done; those before it keep what they wrote, and a second run goes on from there.
+    """
+    prepared = plan(recipe, options, progress)
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for step in prepared:
+        if is_done(step, force=options.force):
+            progress.say(f"{step.request.output} is there already, made from the same: kept")
+        else:
+            execute(step, progress)
+    artifacts = tuple(step.request.output for step in prepared)
+    if recipe.bench is None:
+        return RunResult(artifacts=artifacts, report=None, exit_code=ExitCode.DONE)
+    report = bench(_bench_request(recipe, artifacts, options), progress)
+    gates = tuple(result for gate in recipe.gates for result in _judged(gate.expression, gate.candidate, report))
+    report = replace(report, gates=gates)
+    write_json(output / REPORT, report.to_json())
+    return RunResult(artifacts=artifacts, report=report, exit_code=exit_code(gates))
+
+
+def is_done(step: Prepared, *, force: bool) -> bool:
+    """Whether the step's artifact is there, whole, and made from the same by the same.
+
+    Raises:
+        ArtifactError: something else stands there, and `force` was not given.
+    """
+    output = step.request.output
+    if not output.exists():
+        return False
+    try:
+        if load_manifest(output, verify=True).key == step.manifest().key:
+            return True
+    except ArtifactError:
+        if not force:
+            raise
+    if force:
+        return False
+    raise ArtifactError(
+        "an artifact of another recipe, model or version stands where this step writes",
+        where=str(output),
+        hint="--force replaces it",
+    )
+
+
+def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> QuantizeRequest:
+    return QuantizeRequest(
+        model=recipe.model,
+        output=Path(recipe.output) / step.name,
+        scheme=parse_scheme(step.scheme),
+        method=step.method,
+        overrides=tuple((pattern, parse_scheme(scheme)) for pattern, scheme in step.overrides.items()),
+        ignore=step.ignore,
+        seed=options.seed,
+        threads=options.threads,
+        force=options.force,
+    )
+
+
+def _bench_request(recipe: Recipe, artifacts: tuple[Path, ...], options: RunOptions) -> BenchRequest:
+    assert recipe.bench is not None
+    asked = recipe.bench
+    latency = LatencySettings(
+        threads=options.threads, prompt_tokens=asked.prompt, output_tokens=asked.output, rounds=asked.rounds
+    )
+    return BenchRequest(
+        candidates=tuple(map(str, artifacts)),
+        baseline=recipe.model,
+        settings=BenchSettings(text=asked.text, tokens=asked.tokens, window=asked.window, latency=latency),
+        seed=options.seed,
+        threads=options.threads,
+    )
+
+
+def _judged(expression: str, candidate: str | None, report: Report) -> tuple[GateResult, ...]:
+    results = judge(parse_gate(expression), report)
+    return tuple(result for result in results if candidate is None or result.candidate == candidate)
