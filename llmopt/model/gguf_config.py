@@ -76,6 +76,8 @@ def config_from_gguf(header: GgufHeader, read_vector: ReadVector, *, where: str)
         raise ModelError("the file lacks token_embd.weight", where=where, hint="is this a language model?")
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
+    if keys.need("block_count") > len(header.tensors):  # a damaged number would keep us building blocks for hours
+        raise ModelError(f"{keys.need('block_count')} blocks in {len(header.tensors)} tensors", where=where)
     if arch == "gpt2":
         return config | {key: keys.need(gguf) for key, gguf in _GPT2.items()}
     config |= {key: keys.need(gguf) for key, gguf in _COMMON.items()}

@@ -12,7 +12,7 @@ from llmopt.errors import UnsupportedError
 from llmopt.model.gguf_config import FloatVector, architecture, config_from_gguf
 from llmopt.model.gguf_header import GgufHeader, read_header
 from llmopt.model.spec import ModelSpec
-from llmopt.model.stored import StoredTensor, open_file
+from llmopt.model.stored import StoredTensor, damaged, open_file
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -23,7 +23,10 @@ def read_config(path: Path) -> dict[str, Any]:
         UnsupportedError: its version, architecture or rotary scaling is not known here.
     """
     header = read_header(path)
-    return config_from_gguf(header, partial(_read_vector, header), where=str(path))
+    try:
+        return config_from_gguf(header, partial(_read_vector, header), where=str(path))
+    except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise damaged(f"the metadata makes no sense: {error!r}", path) from error
 
 
 def read_tables(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:

@@ -65,7 +65,7 @@ def read_header(path: Path) -> GgufHeader:
             data_start = _aligned(cursor, metadata)
     except OSError as error:
         raise unreadable(path, error) from error
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in {0, 1}:
         hint = "join the parts: llama-gguf-split --merge FIRST_PART OUT.gguf"
         raise UnsupportedError("the file is one part of several", where=str(path), hint=hint)
     tensors = [_stored(info, path, data_start) for info in infos]

@@ -213,6 +213,31 @@ def test_the_vocabulary_is_not_kept(llama: Path) -> None:
     assert open_source(str(llama)).spec.vocab_size == 48
 
 
+def test_the_tokenizer_comes_out_of_the_file(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokens = ["<pad>", "<start>", "<end>", *"abc", "ab", "bc", "Ġ", *(f"unused{index}" for index in range(39))]
+    keys = metadata("gpt2") | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [*[3] * 3, *[1] * 45],
+        "tokenizer.ggml.merges": ["a b", "b c"],
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+    }
+    source = open_source(str(write(tmp_path / "x.gguf", "gpt2", keys, gguf_tensors("gpt2"))))
+    out = tmp_path / "out"
+    out.mkdir()
+    source.write_tokenizer(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("abc a").input_ids == [tokens.index(token) for token in ("ab", "c", "Ġ", "a")]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "b"}], tokenize=False) == "b"
+
+
+def test_a_file_without_tokenizer_says_so(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot convert the tokenizer"):
+        open_source(str(llama)).write_tokenizer(tmp_path)
+
+
 def llama3_slowing(theta: float, dim: int) -> Array:
     """As llama.cpp's converter writes it for the rotary scaling of Llama 3.1, with a factor of 8."""
     wavelengths = 2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
@@ -321,6 +346,23 @@ def test_a_damaged_or_unknown_file_is_refused(
     with pytest.raises(error, match=message) as caught:
         open_source(str(llama))
     assert str(caught.value.where).startswith(str(llama))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.head_count", 0, "the metadata makes no sense"),
+        ("rope.dimension_count", "eight", "the metadata makes no sense"),
+        ("context_length", "long", "the config makes no sense"),
+        ("block_count", 4_000_000_000, "4000000000 blocks in 21 tensors"),
+    ],
+)
+def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
+    keys = metadata("llama") | {f"llama.{key}": value}
+    path = write(tmp_path / "x.gguf", "llama", keys, gguf_tensors("llama"))
+    with pytest.raises(ModelError, match=message) as caught:
+        open_source(str(path))
+    assert caught.value.where == str(path)
 
 
 def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:

@@ -49,6 +49,13 @@ def test_what_exists_here_is_not_looked_for_on_the_hub(folder: Path, monkeypatch
     assert open_source("owner/name").folder == Path("owner/name")
 
 
+@pytest.mark.usefixtures("no_network")
+def test_the_demo_model_is_always_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmopt.demo.folder", lambda: folder)
+    source = open_source("demo")
+    assert (source.name, source.folder) == ("demo", folder)
+
+
 def test_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert open_source("~/model").folder == folder
