@@ -11,8 +11,13 @@ import typer
 
 import llmopt
 from llmopt.cli import recipe
+from llmopt.cli.bench import bench
+from llmopt.cli.demo import demo
+from llmopt.cli.generate import generate
 from llmopt.cli.inspect import inspect
 from llmopt.cli.outcome import DEBUG_VARIABLE
+from llmopt.cli.quantize import quantize
+from llmopt.cli.run import run
 from llmopt.cli.streams import write_out
 
 # Help that nobody asked for at one level is None unless said here, and typer imports pydantic to find out that None is
@@ -28,7 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "default_map": _NO_HELP | {"recipe": _NO_HELP}},
 )
-app.command()(inspect)
+for command in (demo, inspect, quantize, bench, run, generate):
+    app.command()(command)
 app.add_typer(recipe.app, name="recipe")
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from llmopt.quantize.assign import Override
     from llmopt.report.results import LayerResult
 
+FORMATS = ("onnx",)
+
 
 def quantize(
     model: Model,
@@ -59,6 +61,14 @@ def quantize(
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="What to write: onnx, for onnxruntime and its genai.")
     ] = "onnx",
+    cpu: Annotated[
+        str,
+        typer.Option(
+            "--cpu",
+            metavar="KIND",
+            help="CPUs to write int8 products for: vnni (faster, and refused elsewhere), any, or auto, as this one is.",
+        ),
+    ] = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
@@ -76,15 +86,16 @@ def quantize(
     Example: llmopt quantize demo -o demo-int4 --scheme w4a16 --override lm_head=w8a16
     """
     from llmopt.errors import UsageError
-    from llmopt.quantize.registry import find_method
+    from llmopt.quantize.registry import check_method
     from llmopt.quantize.scheme import parse_scheme
 
-    if format_ != "onnx":
-        raise UsageError(f"there is no format {format_!r}", hint="--format onnx")
+    if format_ not in FORMATS:
+        raise UsageError(f"there is no format {format_!r}", hint=f"--format {' or '.join(FORMATS)}")
     parsed = parse_scheme(scheme)
     overrides = tuple(map(parse_override, override or ()))
-    find_method(method)
+    check_method(method)
 
+    from llmopt.pipeline.kernels import parse_cpu
     from llmopt.pipeline.quantize import QuantizeRequest
 
     request = QuantizeRequest(
@@ -94,6 +105,7 @@ def quantize(
         method=method,
         overrides=overrides,
         ignore=tuple(ignore or ()),
+        cpu=parse_cpu(cpu),
         revision=revision,
         trust_remote_code=trust_remote_code,
         seed=seed or 0,

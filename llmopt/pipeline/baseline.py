@@ -1,6 +1,7 @@
 """The baseline: the unquantized model under the same engine, exported once and kept."""
 
 import os
+import re
 from pathlib import Path
 
 from llmopt import __version__
@@ -9,6 +10,7 @@ from llmopt.errors import ArtifactError
 from llmopt.measure.host import versions
 from llmopt.model.source import open_source
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
+from llmopt.pipeline.kernels import check_runs_here
 from llmopt.pipeline.quantize import source_entry
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
@@ -35,7 +37,7 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
         LlmoptError: the model is not there, not supported or damaged, or the disk is full.
     """
     if is_artifact(model):
-        load_manifest(Path(model))
+        check_runs_here(load_manifest(Path(model)), where=model)
         return Path(model)
     source = open_source(model, revision=revision, progress=progress)
     names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]
@@ -43,7 +45,7 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     manifest = Manifest(
         source=source_entry(source), format=FORMAT, seed=0, versions={"llmopt": __version__, **versions()}
     )
-    folder = cache_folder() / "baselines" / manifest.key[:32]
+    folder = cache_folder() / "baselines" / f"{printable(source.name)}-{manifest.key[:16]}"
     if _is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,11 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
         export(job, partial, progress)
         write_manifest(partial, manifest)
     return folder
+
+
+def printable(name: str) -> str:
+    """The last part of a model's name, as a part of a folder's: it appears where progress is shown."""
+    return re.sub(r"[^\w.-]", "_", Path(name).resolve().name if Path(name).exists() else name.rpartition("/")[2])
 
 
 def _is_whole(folder: Path) -> bool:

@@ -15,15 +15,15 @@ from llmopt.export.card import Card, card_text
 from llmopt.measure.fidelity import compare
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.latency import LatencySettings, measure_latency
-from llmopt.measure.outcome import Outcome, Side
+from llmopt.measure.outcome import Outcome
+from llmopt.measure.size import compare_sizes
 from llmopt.model.source import CONFIG
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.baseline import float_artifact, is_artifact
-from llmopt.pipeline.export import model_bytes
 from llmopt.pipeline.oracle import oracle_note
 from llmopt.progress import Progress
 from llmopt.report.gates import Gate, judge
-from llmopt.report.results import Candidate, Delta, LayerResult, Measurement, Report, Subject
+from llmopt.report.results import Candidate, LayerResult, Report, Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,7 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     Raises:
         LlmoptError: something does not open, the text is too short, or models have different vocabularies.
     """
+    check_names(request.candidates)
     baseline_name = request.baseline or common_source(request.candidates)
     baseline = float_artifact(baseline_name, revision=request.revision, threads=request.threads, progress=progress)
     paths = [
@@ -69,8 +70,20 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     report = replace(report, gates=tuple(result for gate in request.gates for result in judge(gate, report)))
     for name, path, candidate in zip(request.candidates, paths, report.candidates, strict=True):
         if is_artifact(name):
-            keep(path, replace(report, candidates=(candidate,)))
+            own_gates = tuple(gate for gate in report.gates if gate.candidate == candidate.name)
+            keep(path, replace(report, candidates=(candidate,), gates=own_gates))
     return report
+
+
+def check_names(candidates: Sequence[str]) -> None:
+    """Gates and notes name a candidate by its folder's last name, so two may not share one.
+
+    Raises:
+        UsageError: two do.
+    """
+    names = [Path(name).resolve().name for name in candidates]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two candidates are called {repeated!r}", hint="rename one of the folders")
 
 
 def common_source(candidates: Sequence[str]) -> str:
@@ -95,7 +108,7 @@ def common_source(candidates: Sequence[str]) -> str:
 def measure(request: BenchRequest, baseline: Path, paths: Sequence[Path], progress: Progress) -> Outcome:
     """Sizes, then accuracy and latency as far as they are asked for."""
     settings = request.settings
-    outcome = sizes(baseline, paths)
+    outcome = compare_sizes(baseline, paths)
     if settings.accuracy:
         tokens = read_text(settings, baseline)
         engines = [OrtEngine(path, request.threads) for path in (baseline, *paths)]
@@ -116,21 +129,6 @@ def read_text(settings: BenchSettings, folder: Path) -> TokenWindows:
     return windows(corpus, Tokenizer.from_folder(folder), settings.window, settings.tokens)
 
 
-def sizes(baseline: Path, paths: Sequence[Path]) -> Outcome:
-    """Bytes of graph and data."""
-    reference = model_bytes(baseline)
-    return Outcome(
-        baseline=size_side(reference, None),
-        candidates=tuple(size_side(model_bytes(path), reference) for path in paths),
-    )
-
-
-def size_side(size: int, reference: int | None) -> Side:
-    """A size has no spread."""
-    deltas = {} if reference is None else {"size_bytes": Delta(relative=size / reference - 1)}
-    return Side(metrics={"size_bytes": Measurement(value=size, n=1, unit="bytes")}, deltas=deltas)
-
-
 def assemble(
     request: BenchRequest, baseline_name: str, baseline: Path, paths: Sequence[Path], outcome: Outcome
 ) -> Report:
@@ -141,7 +139,7 @@ def assemble(
         manifest = load_manifest(path)
         candidates.append(
             Candidate(
-                name=Path(name).name,
+                name=Path(name).resolve().name if is_artifact(name) else name,
                 path=name,
                 engine=engine,
                 scheme=manifest.scheme,
@@ -157,7 +155,9 @@ def assemble(
         host=describe_host(request.threads),
         versions=versions(),
         seed=request.seed,
-        baseline=Subject(name=Path(baseline_name).name, engine=engine, metrics=own.metrics, extra=own.extra),
+        baseline=Subject(
+            name=f"baseline {Path(baseline_name).name}", engine=engine, metrics=own.metrics, extra=own.extra
+        ),
         candidates=tuple(candidates),
         settings={**kept_settings(paths), **outcome.settings},
         notes=outcome.notes,

@@ -8,7 +8,7 @@ from llmopt import __version__
 from llmopt.artifact import write_json
 from llmopt.export.genai import GENAI_CONFIG, genai_config
 from llmopt.export.onnx.decoder import DecoderGraph
-from llmopt.export.onnx.graph import DATA_FILE, GRAPH_FILE
+from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import CONFIG, GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
@@ -34,6 +34,7 @@ class Export:
     method: Method | None
     seed: int
     threads: int
+    signed_int8: bool = False  # write int8 products for CPUs with VNNI; see `llmopt.export.onnx.graph.Graph`
 
     @property
     def spec(self) -> ModelSpec:
@@ -59,7 +60,7 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
 
 def write_graph(job: Export, folder: Path, reference: Reference, progress: Progress) -> tuple[LayerResult, ...]:
     """Stream the model part by part: read, quantize, write, run the reference, forget."""
-    spec, graph = job.spec, DecoderGraph(folder, job.spec)
+    spec, graph = job.spec, DecoderGraph(folder, job.spec, signed_int8=job.signed_int8)
     layers: list[LayerResult] = []
     with (
         open_checkpoint(job.source) as checkpoint,
@@ -94,11 +95,6 @@ def write_companions(source: ModelSource, folder: Path) -> None:
     config = genai_config(source.spec, source.generation_config, GRAPH_FILE)
     if config is not None:
         write_json(folder / GENAI_CONFIG, config)
-
-
-def model_bytes(folder: Path) -> int:
-    """Size of the model itself: the graph and its data."""
-    return sum((folder / name).stat().st_size for name in (GRAPH_FILE, DATA_FILE))
 
 
 def estimated_bytes(spec: ModelSpec, assignments: Mapping[str, Assignment]) -> int:

@@ -19,8 +19,10 @@ from llmopt.artifact import (
 )
 from llmopt.export.card import Card, card_text
 from llmopt.measure.host import describe_host, versions
+from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
-from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export, model_bytes
+from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
+from llmopt.pipeline.kernels import Cpu, engine_facts, signed_int8
 from llmopt.pipeline.verify import Verification
 from llmopt.progress import Progress, Silent
 from llmopt.quantize.assign import Assignment, Override, assign
@@ -40,6 +42,7 @@ class QuantizeRequest:
     method: str = "rtn"
     overrides: tuple[Override, ...] = ()
     ignore: tuple[str, ...] = ()
+    cpu: Cpu = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
@@ -67,6 +70,7 @@ class Prepared:
         return Manifest(
             source=source_entry(self.source),
             format=FORMAT,
+            engine=engine_facts(self.assignments, request.cpu),
             scheme=request.scheme.name,
             method=self.method.name,
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
@@ -121,12 +125,15 @@ def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
         method=prepared.method,
         seed=request.seed,
         threads=request.threads,
+        signed_int8=signed_int8(request.cpu),
     )
     check_free_disk(request.output.parent, prepared.estimated_bytes)
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
         manifest = write_manifest(folder, prepared.manifest())
-        report = describe(prepared, model_bytes(folder), layers, verification)
+        size_bytes = model_bytes(folder)
+        assert size_bytes is not None
+        report = describe(prepared, size_bytes, layers, verification)
         write_json(folder / REPORT, report.to_json())
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")

@@ -1,4 +1,7 @@
-"""Which scheme each linear and embedding gets: the default, unless a pattern says otherwise.
+"""Which scheme each linear and embedding gets: the one that was asked for, unless a pattern says otherwise.
+
+The embedding and the head get 8-bit weights and float activations whatever was asked for: they are looked up or
+multiplied once, and every logit feels their error. An override that names them is obeyed.
 
 A pattern is a name with shell wildcards, matched against the whole name or any of its dotted tails: `lm_head`,
 `down_proj`, `layers.0.*`, `model.layers.*.mlp.*`. The last override that matches wins; `ignore` wins over all.
@@ -11,9 +14,12 @@ from fnmatch import fnmatchcase
 
 from llmopt.errors import UsageError
 from llmopt.model.spec import ModelSpec
-from llmopt.quantize.scheme import Scheme
+from llmopt.quantize.scheme import Scheme, parse_scheme
 
 Override = tuple[str, Scheme]
+
+TABLE_SCHEME = parse_scheme("w8a16")
+TABLE_REASON = "tables keep 8 bits and float activations unless an override names them"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,26 +47,34 @@ def assign(
     Raises:
         UsageError: a pattern matches nothing, or the two sides of a tied pair are to get different schemes.
     """
+    tables = (spec.embedding.name, spec.head.name)
     names = [spec.embedding.name, *(linear.name for linear in spec.linears())]
     _require_matches([pattern for pattern, _ in overrides] + list(ignore), names)
-    found = {name: _decide(name, default, overrides, ignore) for name in names}
+    unless_said = {name: _unless_said(name, default, is_table=name in tables) for name in names}
+    found = {name: _said(name, overrides, ignore) or unless_said[name] for name in names}
     if spec.tied:
-        _tie(found, spec.embedding.name, spec.head.name, default)
-    return {name: _for_table(item) if name == spec.embedding.name else item for name, item in found.items()}
+        _tie(found, *tables, said=[name for name in tables if found[name] is not unless_said[name]])
+    return found
 
 
-def _decide(name: str, default: Scheme, overrides: Sequence[Override], ignore: Sequence[str]) -> Assignment:
+def _unless_said(name: str, default: Scheme, *, is_table: bool) -> Assignment:
+    weights_only = default.bits == TABLE_SCHEME.bits and default.activation_bits == TABLE_SCHEME.activation_bits
+    if is_table and not weights_only:
+        return Assignment(name=name, scheme=TABLE_SCHEME, reason=TABLE_REASON)
+    return Assignment(name=name, scheme=default)
+
+
+def _said(name: str, overrides: Sequence[Override], ignore: Sequence[str]) -> Assignment | None:
     ignored = next((pattern for pattern in ignore if matches(pattern, name)), None)
     if ignored is not None:
         return Assignment(name=name, scheme=None, reason=f"ignored: matches {ignored!r}")
     override = next((item for item in reversed(overrides) if matches(item[0], name)), None)
-    if override is None:
-        return Assignment(name=name, scheme=default)
-    return Assignment(name=name, scheme=override[1], reason=f"override: matches {override[0]!r}")
+    if override is not None:
+        return Assignment(name=name, scheme=override[1], reason=f"override: matches {override[0]!r}")
+    return None
 
 
-def _tie(found: dict[str, Assignment], table: str, head: str, default: Scheme) -> None:
-    said = [name for name in (head, table) if found[name] != Assignment(name=name, scheme=default)]
+def _tie(found: dict[str, Assignment], table: str, head: str, *, said: Sequence[str]) -> None:
     if len(said) == 2 and found[head].scheme != found[table].scheme:
         raise UsageError(
             f"{head} and {table} are tied: they are one tensor and cannot have two schemes",
@@ -68,13 +82,6 @@ def _tie(found: dict[str, Assignment], table: str, head: str, default: Scheme) -
         )
     leader, follower = (table, head) if said == [table] else (head, table)
     found[follower] = replace(found[leader], name=follower, reason=f"shares its bytes with {leader}")
-
-
-def _for_table(item: Assignment) -> Assignment:
-    """A table is looked up, not multiplied: only the weights' side of a scheme applies to it."""
-    if item.scheme is None or item.scheme.activation_bits != 8 or item.reason is not None:
-        return item
-    return replace(item, reason="a lookup has no activations: the weights' side of the scheme applies")
 
 
 def _require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:

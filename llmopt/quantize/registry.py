@@ -1,17 +1,21 @@
-"""The methods, by the names that people type."""
+"""The methods, by the names that people type. A method is imported when it is used: most of them need torch."""
 
 import difflib
+import importlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 from llmopt.errors import UsageError
-from llmopt.quantize.method import Method
-from llmopt.quantize.rtn import Rtn
 
-METHODS: Mapping[str, Method] = {"rtn": Rtn()}
+if TYPE_CHECKING:
+    from llmopt.quantize.method import Method
+
+# Name, then where its class is.
+METHODS: Mapping[str, str] = {"rtn": "llmopt.quantize.rtn:Rtn"}
 
 
-def find_method(name: str) -> Method:
-    """The method of that name.
+def check_method(name: str) -> None:
+    """See that there is a method of that name.
 
     Raises:
         UsageError: there is none.
@@ -20,4 +24,14 @@ def find_method(name: str) -> Method:
         near = difflib.get_close_matches(name, METHODS, n=1)
         known = f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(METHODS)}"
         raise UsageError(f"there is no method {name!r}", hint=known)
-    return METHODS[name]
+
+
+def find_method(name: str) -> "Method":
+    """The method of that name, with its default settings.
+
+    Raises:
+        UsageError: there is none.
+    """
+    check_method(name)
+    module, _, method = METHODS[name].partition(":")
+    return cast("Method", getattr(importlib.import_module(module), method)())

@@ -1,0 +1,60 @@
+"""Which CPUs an artifact's int8 products are written for, and whether this machine is one of them."""
+
+import platform
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from llmopt.artifact import Manifest
+from llmopt.errors import ArtifactError, UsageError
+from llmopt.measure.host import describe_host
+from llmopt.quantize.assign import Assignment
+
+Cpu = Literal["auto", "any", "vnni"]
+INT8_KERNEL = "int8_kernel"
+SIGNED, UNSIGNED = "signed", "unsigned"
+
+
+def parse_cpu(text: str) -> Cpu:
+    """Read `--cpu`.
+
+    Raises:
+        UsageError: it is none of the words.
+    """
+    match text:
+        case "auto" | "any" | "vnni":
+            return text
+    raise UsageError(f"there is no CPU kind {text!r}", hint="--cpu auto, any or vnni")
+
+
+def sums_in_32_bits() -> bool:
+    """Whether this machine multiplies unsigned by signed bytes without saturating: x86 with VNNI, or any Arm."""
+    if platform.machine().lower() not in {"x86_64", "amd64", "i686", "i386"}:
+        return True
+    return bool({"avx512_vnni", "avx_vnni"} & set(describe_host(1)["isa"] or ()))
+
+
+def signed_int8(cpu: Cpu) -> bool:
+    """Whether to write signed weights: faster with VNNI, wrong on x86 without it."""
+    return cpu == "vnni" or (cpu == "auto" and sums_in_32_bits())
+
+
+def engine_facts(assignments: Mapping[str, Assignment], cpu: Cpu) -> dict[str, Any]:
+    """What a manifest says of the kernels; nothing where no layer has int8 activations."""
+    schemes = (item.scheme for item in assignments.values())
+    if not any(scheme is not None and scheme.activation_bits == 8 for scheme in schemes):
+        return {}
+    return {INT8_KERNEL: SIGNED if signed_int8(cpu) else UNSIGNED}
+
+
+def check_runs_here(manifest: Manifest, *, where: str) -> None:
+    """See that this machine computes what the artifact means.
+
+    Raises:
+        ArtifactError: its int8 products would saturate here, and every token be a little wrong.
+    """
+    if manifest.engine.get(INT8_KERNEL) == SIGNED and not sums_in_32_bits():
+        raise ArtifactError(
+            "the artifact was written for CPUs with VNNI, and this one has none: its int8 sums would saturate",
+            where=where,
+            hint="write it again with --cpu any",
+        )
