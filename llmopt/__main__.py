@@ -1,5 +1,6 @@
 """The program `llmopt`."""
 
+import os
 import signal
 import sys
 
@@ -8,6 +9,8 @@ def main() -> int:
     """Run the command line of this process and give its exit code."""
     # A job that CI cancels is told to terminate: clean up as for Ctrl-C, so that no half-written folder stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # torch's threads wait for each other by spinning: where another program holds a core, that costs ten times as much.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from llmopt.cli.app import app
         from llmopt.cli.outcome import run

@@ -14,7 +14,7 @@ from llmopt.model.source import CONFIG, GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.model.storage import stored_bytes
 from llmopt.pipeline.parts import PartReader
-from llmopt.pipeline.verify import Reference, Verification, verify
+from llmopt.pipeline.verify import References, Verification, verify
 from llmopt.pipeline.windows import verification_windows
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
@@ -52,14 +52,14 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
 
     torch.set_num_threads(job.threads)
     write_companions(job.source, folder)
-    reference = Reference(job.spec, verification_windows(job.spec, folder, job.seed))
-    layers = write_graph(job, folder, reference, progress)
-    with progress.task("comparing the graph with the model in torch"):
-        return layers, verify(folder, reference, job.threads)
+    windows = verification_windows(job.spec, folder, job.seed)
+    references = References(job.spec, windows, rounds_activations=rounds_activations(job.assignments))
+    layers = write_graph(job, folder, references, progress)
+    return layers, verify(folder, references.exact, references.rounded, job.threads, progress)
 
 
-def write_graph(job: Export, folder: Path, reference: Reference, progress: Progress) -> tuple[LayerResult, ...]:
-    """Stream the model part by part: read, quantize, write, run the reference, forget."""
+def write_graph(job: Export, folder: Path, references: References, progress: Progress) -> tuple[LayerResult, ...]:
+    """Stream the model part by part: read, quantize, write, run the references, forget."""
     spec, graph = job.spec, DecoderGraph(folder, job.spec, signed_int8=job.signed_int8)
     layers: list[LayerResult] = []
     with (
@@ -69,17 +69,17 @@ def write_graph(job: Export, folder: Path, reference: Reference, progress: Progr
         parts = PartReader(spec, checkpoint, job.assignments, job.method)
         embedding = parts.embedding()
         graph.embedding(embedding.weights)
-        reference.embedding(embedding.weights)
+        references.embedding(embedding.weights)
         layers += embedding.layers
         task.advance(note="embedding done")
         for block, part in zip(spec.blocks, parts.blocks(), strict=True):
             graph.block(block, part.weights)
-            reference.block(block, part.weights)
+            references.block(block, part.weights)
             layers += part.layers
             task.advance(note=f"block {block.index + 1} of {len(spec.blocks)} done")
         head = parts.head(embedding)
         graph.head(head.weights)
-        reference.head(head.weights)
+        references.head(head.weights)
         layers += head.layers
         graph.save(__version__)
         task.advance(note="head done")
@@ -95,6 +95,12 @@ def write_companions(source: ModelSource, folder: Path) -> None:
     config = genai_config(source.spec, source.generation_config, GRAPH_FILE)
     if config is not None:
         write_json(folder / GENAI_CONFIG, config)
+
+
+def rounds_activations(assignments: Mapping[str, Assignment]) -> bool:
+    """Whether any layer is to get 8-bit activations."""
+    schemes = (item.scheme for item in assignments.values())
+    return any(scheme is not None and scheme.activation_bits == 8 for scheme in schemes)
 
 
 def estimated_bytes(spec: ModelSpec, assignments: Mapping[str, Assignment]) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from llmopt.artifact import Manifest
 from llmopt.errors import ArtifactError, UsageError
 from llmopt.measure.host import describe_host
+from llmopt.pipeline.export import rounds_activations
 from llmopt.quantize.assign import Assignment
 
 Cpu = Literal["auto", "any", "vnni"]
@@ -40,8 +41,7 @@ def signed_int8(cpu: Cpu) -> bool:
 
 def engine_facts(assignments: Mapping[str, Assignment], cpu: Cpu) -> dict[str, Any]:
     """What a manifest says of the kernels; nothing where no layer has int8 activations."""
-    schemes = (item.scheme for item in assignments.values())
-    if not any(scheme is not None and scheme.activation_bits == 8 for scheme in schemes):
+    if not rounds_activations(assignments):
         return {}
     return {INT8_KERNEL: SIGNED if signed_int8(cpu) else UNSIGNED}
 
