@@ -1,6 +1,7 @@
 """A model as an ONNX artifact, quantized or not: streamed into the graph, and through the reference beside it."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +61,10 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
 
 def write_graph(job: Export, folder: Path, references: References, progress: Progress) -> tuple[LayerResult, ...]:
     """Stream the model part by part: read, quantize, write, run the references, forget."""
-    spec, graph = job.spec, DecoderGraph(folder, job.spec, signed_int8=job.signed_int8)
+    spec = job.spec
     layers: list[LayerResult] = []
     with (
+        closing(DecoderGraph(folder, spec, signed_int8=job.signed_int8)) as graph,
         open_checkpoint(job.source) as checkpoint,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):

@@ -38,7 +38,9 @@ class DataFile:
         return entry(name, array.shape, kind, {"offset": offset, "length": contiguous.nbytes})
 
     def close(self) -> None:
-        """Flush everything to the disk."""
+        """Flush everything to the disk. What is closed already stays so."""
+        if self.file.closed:
+            return
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
