@@ -61,7 +61,8 @@ def asymmetric_grid(groups_OGS: Tensor, bits: int, shrinks: Iterable[float]) -> 
     top = 2**bits - 1
     candidates = []
     for shrink in shrinks:
-        scales = ((high_OG - low_OG) * (shrink / top)).clamp_min(TINY)
+        # Divided first: the difference of two large weights may be infinite.
+        scales = (high_OG * (shrink / top) - low_OG * (shrink / top)).clamp_min(TINY)
         zeros = (-low_OG * shrink / scales).round_().clamp_(0, top)
         candidates.append((scales, zeros))
     return least_error(groups_OGS, candidates, 2**bits)
