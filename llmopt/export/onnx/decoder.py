@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto
 
 from llmopt.export.onnx.attention import AttentionWriter, require_heads
-from llmopt.export.onnx.embedding import TiedTable, emit_embedding, emit_tied_head
+from llmopt.export.onnx.embedding import emit_embedding, emit_tied_head
 from llmopt.export.onnx.graph import MICROSOFT, Graph
 from llmopt.export.onnx.linear import emit
 from llmopt.export.onnx.norm import emit_norm, emit_sum_and_norm
@@ -33,7 +33,7 @@ class DecoderGraph:
         self.graph = Graph(folder, signed_int8=signed_int8)
         self.residual = ""  # the sum so far
         self.branch: str | None = None  # what is to be added to it by the next norm
-        self.tied_table: TiedTable | None = None
+        self.table: tuple[str, ...] = ()  # the embedding's tensors, which a tied head reads too
         self._declare_inputs()
         self.positions = Positions(self.graph)
         self.attention = AttentionWriter(self.graph, spec, self.positions)
@@ -51,9 +51,7 @@ class DecoderGraph:
     def embedding(self, weights: Weights) -> None:
         """Token embedding, its scale, and learned positions."""
         graph, embedding = self.graph, self.spec.embedding
-        self.residual, self.tied_table = emit_embedding(
-            graph, embedding, weights[f"{embedding.name}.weight"], self.spec.tied
-        )
+        self.residual, self.table = emit_embedding(graph, embedding, weights[f"{embedding.name}.weight"])
         if embedding.scale != 1:
             factor = graph.constant(np.float32(embedding.scale))
             self.residual = graph.node("Mul", [self.residual, factor], "embedding/scale")
@@ -110,10 +108,9 @@ class DecoderGraph:
     def head(self, weights: Weights) -> None:
         """Final norm and logits."""
         x = self._add_and_norm(self.spec.final_norm, weights)
-        if self.tied_table is not None:
-            logits = emit_tied_head(self.graph, x, self.spec.head, self.tied_table)
-        else:
-            logits = emit(self.graph, x, product(self.spec.head, weights))
+        head = product(self.spec.head, weights)
+        tied = self.spec.tied
+        logits = emit_tied_head(self.graph, x, head, self.table) if tied else emit(self.graph, x, head)
         self.graph.node("Identity", [logits], "logits", outputs=["logits"])
 
     def save(self, version: str) -> onnx.ModelProto:

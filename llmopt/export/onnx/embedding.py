@@ -1,7 +1,5 @@
 """The token table, and the head that shares its bytes when the two are tied."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from onnx import TensorProto
 from torch import Tensor
@@ -9,32 +7,19 @@ from torch import Tensor
 from llmopt.export.onnx.graph import MICROSOFT, Graph
 from llmopt.export.onnx.int8 import code_of_zero, int8_product, write_columns
 from llmopt.export.onnx.linear import Product, add_bias, matmul_nbits, write_blocks
-from llmopt.model.spec import Embedding, Linear
+from llmopt.model.spec import Embedding
 from llmopt.quantize.pack import block_size
 from llmopt.quantize.weights import QuantizedWeight
 
 
-@dataclass(frozen=True, slots=True)
-class TiedTable:
-    """A table that the head will multiply by: the weight, and the names of its tensors in the graph."""
-
-    weight: Tensor | QuantizedWeight
-    tensors: tuple[str, ...]
-
-
-def emit_embedding(
-    graph: Graph, embedding: Embedding, table: Tensor | QuantizedWeight, tied: bool
-) -> tuple[str, TiedTable | None]:
-    """Look the tokens up; gives the hidden states [batch, tokens, width] and, when tied, what the head needs."""
+def emit_embedding(graph: Graph, embedding: Embedding, table: Tensor | QuantizedWeight) -> tuple[str, tuple[str, ...]]:
+    """Look the tokens up; gives the hidden states [batch, tokens, width], and the tensors that a tied head reads."""
     if not isinstance(table, QuantizedWeight):
         name = graph.tensor(f"{embedding.name}.weight", table.numpy())
-        hidden = graph.node("Gather", [name, "input_ids"], embedding.name, axis=0)
-        tensors: tuple[str, ...] = (name,)
-    elif table.scheme.activation_bits == 8:
-        hidden, tensors = gather_channels(graph, embedding, table)
-    else:
-        hidden, tensors = gather_blocks(graph, embedding, table)
-    return hidden, TiedTable(table, tensors) if tied else None
+        return graph.node("Gather", [name, "input_ids"], embedding.name, axis=0), (name,)
+    if table.scheme.activation_bits == 8:
+        return gather_channels(graph, embedding, table)
+    return gather_blocks(graph, embedding, table)
 
 
 def gather_blocks(graph: Graph, embedding: Embedding, table: QuantizedWeight) -> tuple[str, tuple[str, ...]]:
@@ -74,11 +59,11 @@ def gather_channels(graph: Graph, embedding: Embedding, table: QuantizedWeight) 
     return graph.node("Mul", [centered, steps], embedding.name), tensors
 
 
-def emit_tied_head(graph: Graph, x: str, head: Linear, table: TiedTable) -> str:
-    """Logits from the bytes of the embedding."""
-    product = Product(head.name, table.weight)
-    if not isinstance(table.weight, QuantizedWeight):
-        return graph.node("FusedMatMul", [x, *table.tensors], head.name, domain=MICROSOFT, transB=1)
-    if table.weight.scheme.activation_bits == 8:
-        return add_bias(graph, int8_product(graph, x, head.name, table.tensors), product)
-    return matmul_nbits(graph, x, product, table.weight, table.tensors)
+def emit_tied_head(graph: Graph, x: str, head: Product, tensors: tuple[str, ...]) -> str:
+    """Logits from the bytes of the embedding, whose tensors these are."""
+    if not isinstance(head.weight, QuantizedWeight):
+        logits = graph.node("FusedMatMul", [x, *tensors], head.name, domain=MICROSOFT, transB=1)
+        return add_bias(graph, logits, head)
+    if head.weight.scheme.activation_bits == 8:
+        return add_bias(graph, int8_product(graph, x, head.name, tensors), head)
+    return matmul_nbits(graph, x, head, head.weight, tensors)
