@@ -23,12 +23,6 @@ class Product:
     weight: Tensor | QuantizedWeight
     bias: Tensor | None = None
 
-    @property
-    def out_features(self) -> int:
-        """Channels of y."""
-        weight = self.weight.codes_OI if isinstance(self.weight, QuantizedWeight) else self.weight
-        return weight.shape[0]
-
 
 def stacked(name: str, products: Sequence[Product]) -> Product | None:
     """Products of one input as a single one, if they are of one kind; else None."""

@@ -1,0 +1,161 @@
+"""Integer products: a range for each token, exact sums, and nothing that depends on the other tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from llmopt.export.onnx.graph import GRAPH_FILE, Graph
+from llmopt.export.onnx.int8 import int8_product, write_columns
+from llmopt.model.spec import Linear
+from llmopt.quantize.execute import quantized_apply
+from llmopt.quantize.rtn import Rtn
+from llmopt.quantize.scheme import parse_scheme
+from llmopt.quantize.weights import QuantizedWeight
+from tests.onnx_nodes import Array, open_graph, relative_error
+
+WIDTH, CHANNELS = 80, 24
+
+
+def random_weight(seed: int = 0) -> QuantizedWeight:
+    """Rows off centre, so that their sums count."""
+    weight_OI = torch.randn((CHANNELS, WIDTH), generator=torch.Generator().manual_seed(seed))
+    return Rtn().quantize(weight_OI + torch.linspace(-1, 1, CHANNELS)[:, None], parse_scheme("w8a8"))
+
+
+def random_tokens(batch: int = 3, tokens: int = 5) -> Array:
+    """Every token with an outlier of its own size and sign."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(batch, tokens, WIDTH)).astype(np.float32)
+    for row, size in zip(x.reshape(-1, WIDTH), np.geomspace(1, 1e4, batch * tokens), strict=True):
+        row[random.integers(WIDTH)] = size * random.choice([-1, 1])
+    return x
+
+
+def product_session(
+    folder: Path, weight: QuantizedWeight, *, signed_int8: bool = False
+) -> onnxruntime.InferenceSession:
+    """y, the codes of x, and the low end and the width of each token's range."""
+    folder.mkdir(exist_ok=True)
+    graph = Graph(folder, signed_int8=signed_int8)
+    graph.input("x", TensorProto.FLOAT, ["batch", "tokens", WIDTH])
+    y = int8_product(graph, "x", "up", write_columns(graph, "up", weight))
+    kinds = {
+        y: TensorProto.FLOAT,
+        "x/codes": TensorProto.UINT8,
+        "x/low": TensorProto.FLOAT,
+        "x/width": TensorProto.FLOAT,
+    }
+    return open_graph(graph, kinds)
+
+
+def reference(x: Array, weight: QuantizedWeight) -> Array:
+    linear = Linear(name="up", out_features=CHANNELS, in_features=WIDTH)
+    return quantized_apply({"up.weight": weight}, linear, torch.from_numpy(x)).numpy()
+
+
+def test_every_token_has_256_codes_from_its_lowest_to_its_highest_value(tmp_path: Path) -> None:
+    x = random_tokens()
+    _, codes, low, width = product_session(tmp_path, random_weight()).run(None, {"x": x})
+    np.testing.assert_array_equal(low, x.min(-1, keepdims=True))
+    np.testing.assert_array_equal(width, x.max(-1, keepdims=True) - x.min(-1, keepdims=True))
+    assert (codes.min(-1) == 0).all()
+    assert (codes.max(-1) == 255).all()
+    exact = (x.astype(np.float64) - low) / width * 255
+    assert np.abs(codes - exact).max() < 0.5001
+
+
+def test_the_product_is_that_of_the_reference_whatever_the_outliers(tmp_path: Path) -> None:
+    x, weight = random_tokens(), random_weight()
+    y = product_session(tmp_path, weight).run(None, {"x": x})[0]
+    for actual, expected in zip(y.reshape(-1, CHANNELS), reference(x, weight).reshape(-1, CHANNELS), strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+def test_a_token_alone_is_what_it_is_among_others(tmp_path: Path) -> None:
+    x = random_tokens()
+    session = product_session(tmp_path, random_weight())
+    whole = session.run(None, {"x": x})
+    for batch, token in np.ndindex(3, 5):
+        alone = session.run(None, {"x": x[batch : batch + 1, token : token + 1]})
+        for value, among in zip(alone, whole, strict=True):
+            np.testing.assert_array_equal(value[0, 0], among[batch, token])
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
+def test_a_token_of_equal_values_is_multiplied_by_the_sums(tmp_path: Path, value: float) -> None:
+    weight, x = random_weight(), np.full((1, 2, WIDTH), value, np.float32)
+    y = product_session(tmp_path, weight).run(None, {"x": x})[0]
+    expected = value * weight.dequantize().sum(1).numpy()
+    np.testing.assert_allclose(y, np.broadcast_to(expected, y.shape), rtol=1e-5, atol=1e-30)
+
+
+def extreme_weight(largest: int) -> QuantizedWeight:
+    """Random codes up to `largest` from the middle, in every channel."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(128 - largest, 128 + largest, (CHANNELS, WIDTH), generator=generator, dtype=torch.uint8)
+    codes[0], codes[1] = 128 + largest - 1, 128 - largest
+    scales = torch.full((CHANNELS, 1), 0.01)
+    return QuantizedWeight(scheme=parse_scheme("w8a8"), codes_OI=codes, scales_OG=scales, zero_points_OG=None)
+
+
+def extreme_tokens() -> Array:
+    """Most values at the upper end of their range, where the codes are 255."""
+    x = np.where(np.random.default_rng(2).random((2, 9, WIDTH)) < 0.8, 1, -1).astype(np.float32)
+    x[..., 0] = -1
+    return x
+
+
+def test_unsigned_codes_are_exact_at_their_ends(tmp_path: Path) -> None:
+    """Sums of two neighbouring products reach 2 * 255 * 128, which 16 bits do not hold."""
+    weight, x = extreme_weight(128), extreme_tokens()
+    y = product_session(tmp_path, weight).run(None, {"x": x})[0]
+    np.testing.assert_allclose(y, x @ weight.dequantize().numpy().T, rtol=0, atol=2e-4)
+
+
+def test_signed_codes_that_cannot_saturate_give_the_same(tmp_path: Path) -> None:
+    """Sums of two neighbouring products stay below 2**15: 2 * 255 * 64 = 32640."""
+    weight, x = extreme_weight(64), extreme_tokens()
+    signed = product_session(tmp_path / "signed", weight, signed_int8=True).run(None, {"x": x})[0]
+    unsigned = product_session(tmp_path / "unsigned", weight).run(None, {"x": x})[0]
+    np.testing.assert_allclose(signed, unsigned, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(signed, x @ weight.dequantize().numpy().T, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("signed", "dtype", "zero"), [(True, np.int8, 0), (False, np.uint8, 128)], ids=["signed", "unsigned"]
+)
+def test_codes_are_written_column_by_column_for_the_kernel_they_are_meant_for(
+    tmp_path: Path, signed: bool, dtype: type, zero: int
+) -> None:
+    weight = random_weight()
+    product_session(tmp_path, weight, signed_int8=signed)
+    model = onnx.load(tmp_path / GRAPH_FILE)
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    codes = stored["up.codes"]
+    assert codes.dtype == dtype
+    np.testing.assert_array_equal(codes.astype(int).T - zero, weight.codes_OI.numpy().astype(int) - 128)
+    np.testing.assert_array_equal(stored["up.scales"], weight.scales_OG[:, 0].numpy())
+    np.testing.assert_allclose(stored["up.sums"], weight.dequantize().double().sum(1).numpy(), rtol=1e-5)
+    (node,) = (node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat")
+    assert stored[node.input[5]] == zero
+    assert stored[node.input[5]].dtype == dtype
+    assert stored[node.input[4]] == 0
+
+
+def test_products_of_one_input_share_its_codes(tmp_path: Path) -> None:
+    graph = Graph(tmp_path)
+    graph.input("x", TensorProto.FLOAT, ["batch", "tokens", WIDTH])
+    weights = [random_weight(seed) for seed in (0, 1)]
+    outputs = [
+        int8_product(graph, "x", name, write_columns(graph, name, weight))
+        for name, weight in zip(("gate", "up"), weights, strict=True)
+    ]
+    assert [node.op_type for node in graph.nodes].count("QuantizeLinear") == 1
+    x = random_tokens()
+    for actual, weight in zip(open_graph(graph, outputs).run(None, {"x": x}), weights, strict=True):
+        assert relative_error(actual, reference(x, weight)) < 1e-5
