@@ -13,7 +13,7 @@ from llmopt.errors import ArtifactError, UsageError
 GRAPH = "model.onnx"
 
 
-def open_session(graph: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
+def open_session(graph: Path, threads: int, *, fold_constants: bool = True) -> onnxruntime.InferenceSession:
     """Open a graph on the CPU.
 
     Raises:
@@ -22,27 +22,30 @@ def open_session(graph: Path | bytes, threads: int) -> onnxruntime.InferenceSess
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    source = str(graph) if isinstance(graph, Path) else graph
-    where = source if isinstance(source, str) else "the graph in memory"
+    disabled = None if fold_constants else ["ConstantFolding"]
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     # onnxruntime's own exceptions derive from Exception alone; all of them mean that the graph does not open.
     except Exception as error:
-        raise ArtifactError(f"onnxruntime cannot open the graph: {error}", where=where) from error
+        raise ArtifactError(f"onnxruntime cannot open the graph: {error}", where=str(graph)) from error
 
 
 class OrtEngine:
     """An artifact folder (or its .onnx file) on the CPU with `threads` threads; satisfies `llmopt.engine.base.Engine`.
 
+    Without `fold_constants`, what can be computed from the weights alone is computed at each call, and not kept.
+
     Raises:
         ArtifactError: there is no graph, it does not open, or its inputs are not those of a decoder.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, *, fold_constants: bool = True) -> None:
         graph = path / GRAPH if path.is_dir() else path
         if not graph.is_file():
             raise ArtifactError("there is no model.onnx", where=str(path), hint="write one with `llmopt quantize`")
-        self.session = open_session(graph, threads)
+        self.session = open_session(graph, threads, fold_constants=fold_constants)
         self.name = f"onnxruntime {onnxruntime.__version__}"
         inputs = {node.name: node for node in self.session.get_inputs()}
         self.past_names = [name for name in inputs if name.startswith("past_key_values.")]

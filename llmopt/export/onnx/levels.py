@@ -8,14 +8,14 @@ from onnx import NodeProto, helper
 from llmopt.export.onnx.graph import GRAPH_FILE
 
 
-def in_float32(folder: Path, name: str) -> Path:
+def in_float32(folder: Path, name: str, *, integers: bool = False) -> Path:
     """Write `name` beside the graph: the same graph over the same data file with activations in float32.
 
-    MatMulNBits goes to accuracy level 0. An integer product becomes a float one of the same codes, and the codes of
-    its activations the values that they are rounded from.
+    MatMulNBits goes to accuracy level 0. Unless `integers` stay, an integer product becomes a float one of the same
+    codes, and the codes of its activations the values that they are rounded from.
     """
     model = onnx.load(folder / GRAPH_FILE, load_external_data=False)
-    nodes = [replacement for node in model.graph.node for replacement in _in_float32(node)]
+    nodes = [replacement for node in model.graph.node for replacement in _in_float32(node, integers=integers)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     path = folder / name
@@ -23,16 +23,16 @@ def in_float32(folder: Path, name: str) -> Path:
     return path
 
 
-def _in_float32(node: NodeProto) -> list[NodeProto]:
+def _in_float32(node: NodeProto, *, integers: bool) -> list[NodeProto]:
     match node.op_type:
         case "MatMulNBits":
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
             return [node]
-        case "QuantizeLinear":
+        case "QuantizeLinear" if not integers:
             return [helper.make_node("Identity", node.input[:1], node.output, name=node.name)]
-        case "MatMulIntegerToFloat":
+        case "MatMulIntegerToFloat" if not integers:
             return _float_product(node)
     return [node]
 
