@@ -17,7 +17,7 @@ def genai_config(spec: ModelSpec, generation: Mapping[str, Any], graph_file: str
         return None
     attention = spec.blocks[0].attention
     length = longest_sequence(spec)
-    stops = list(spec.eos_token_ids)
+    stops = stop_tokens(spec, generation)
     decoder = {
         "filename": graph_file,
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -51,3 +51,15 @@ def genai_config(spec: ModelSpec, generation: Mapping[str, Any], graph_file: str
     search |= {"max_length": length, "min_length": 0, "num_beams": 1, "num_return_sequences": 1}
     # Past and present in one buffer: without it the whole cache is copied for every token.
     return {"model": model, "search": search | {"past_present_share_buffer": True}}
+
+
+def stop_tokens(spec: ModelSpec, generation: Mapping[str, Any]) -> list[int]:
+    """Tokens that end a text: those of generation_config.json, where chat models name the ends of turns, or the spec's.
+
+    Those beyond the vocabulary are left out: no model says them, and onnxruntime-genai refuses to open.
+    """
+    named = generation.get("eos_token_id")
+    if named is None:
+        named = spec.eos_token_ids
+    tokens = [named] if isinstance(named, int) else named
+    return [token for token in tokens if 0 <= token < spec.vocab_size]

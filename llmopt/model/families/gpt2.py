@@ -6,7 +6,7 @@ from llmopt.model.families._decoder import Identity, decoder, equal_heads
 from llmopt.model.families._gguf import Array
 from llmopt.model.spec import Attention, Block, Embedding, Linear, Mlp, ModelSpec, Norm, Positions
 
-_IDENTITY = Identity(family="gpt2", architecture="GPT2LMHeadModel", genai_type="gpt2")
+_IDENTITY = Identity(family="gpt2", architecture="GPT2LMHeadModel", genai_type="decoder")
 _DEFAULTS = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,

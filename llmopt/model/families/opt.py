@@ -5,7 +5,7 @@ from llmopt.model.families._config import activation, positive, require
 from llmopt.model.families._decoder import Identity, decoder, equal_heads
 from llmopt.model.spec import Attention, Block, Embedding, Linear, Mlp, ModelSpec, Norm, Positions
 
-_IDENTITY = Identity(family="opt", architecture="OPTForCausalLM", genai_type=None)
+_IDENTITY = Identity(family="opt", architecture="OPTForCausalLM", genai_type="decoder")
 _DEFAULTS = {
     "activation_function": "relu",
     "enable_bias": True,
