@@ -1,7 +1,6 @@
 """Run a few nodes in onnxruntime."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from llmopt.engine.ort import open_session
-from llmopt.export.onnx.graph import IR_VERSION, MICROSOFT, OPSET, Graph
+from llmopt.export.onnx.graph import GRAPH_FILE, IR_VERSION, MICROSOFT, OPSET, Graph
 
 Array = NDArray[Any]
 OPSETS = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
@@ -29,7 +28,8 @@ def run_node(op: str, inputs: Sequence[Array | None], **attributes: Any) -> Arra
         [numpy_helper.from_array(a, name) for a, name in zip(inputs[1:], names[1:], strict=True) if a is not None],
     )
     model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
-    output: Array = open_session(model.SerializeToString(), threads=1).run(None, {"x": fed})[0]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    output: Array = session.run(None, {"x": fed})[0]
     return output
 
 
@@ -39,7 +39,7 @@ def open_graph(graph: Graph, outputs: Mapping[str, int] | Sequence[str]) -> onnx
     for name, kind in kinds.items():
         graph.outputs.append(helper.make_tensor_value_info(name, kind, None))
     graph.save("0")
-    return open_session(Path(graph.folder) / "model.onnx", threads=1)
+    return open_session(graph.folder / GRAPH_FILE, threads=1)
 
 
 def relative_error(actual: Array, expected: Array) -> float:

@@ -1,0 +1,137 @@
+"""An exported decoder in onnxruntime: whole sequences, and streams over one buffer."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto
+
+from llmopt.engine.ort import OrtEngine, open_session
+from llmopt.errors import ArtifactError, UsageError
+from llmopt.export.onnx.graph import Graph
+from tests.decoders import write_decoder
+from tests.families import CASES, random_weights, spec_of
+
+IDS = np.random.default_rng(0).integers(0, 97, 24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, spec = tmp_path_factory.mktemp("artifact"), spec_of(CASES["mistral"])
+    write_decoder(folder, spec, random_weights(spec), lambda name: "w4a16", [IDS])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> OrtEngine:
+    return OrtEngine(folder, threads=1)
+
+
+def test_an_engine_says_what_it_is(engine: OrtEngine) -> None:
+    assert engine.name == f"onnxruntime {onnxruntime.__version__}"
+    assert engine.vocab_size == 97
+
+
+def test_the_folder_and_its_graph_are_the_same_artifact(folder: Path, engine: OrtEngine) -> None:
+    by_file = OrtEngine(folder / "model.onnx", threads=1)
+    np.testing.assert_array_equal(by_file.logits(IDS[None]), engine.logits(IDS[None]))
+
+
+def test_logits_are_given_at_every_position_of_every_row(engine: OrtEngine) -> None:
+    ids_BT = np.stack([IDS[:12], IDS[12:]])
+    logits = engine.logits(ids_BT)
+    assert (logits.shape, logits.dtype) == ((2, 12, 97), np.float32)
+    for row, alone in zip(logits, ids_BT, strict=True):
+        np.testing.assert_allclose(row, engine.logits(alone[None])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[24], [5, 1, 1, 1, 1], [1, 1, 1], [3, 7, 1, 4], [9, 9]])
+def test_a_stream_gives_the_logits_behind_what_was_fed(engine: OrtEngine, lengths: list[int]) -> None:
+    whole = engine.logits(IDS[None])[0]
+    stream, stop = engine.stream(capacity=24), 0
+    for length in lengths:
+        logits = stream.feed(IDS[stop : stop + length])
+        stop += length
+        assert (logits.shape, logits.dtype) == ((97,), np.float32)
+        assert np.abs(logits - whole[stop - 1]).max() < 0.02 * np.abs(whole).max()  # level 4 rounds by blocks
+
+
+def test_streams_of_one_engine_do_not_disturb_each_other(engine: OrtEngine) -> None:
+    alone = engine.stream(capacity=10)
+    expected = [alone.feed(IDS[:4]), alone.feed(IDS[4:5])]
+    first, second = engine.stream(capacity=10), engine.stream(capacity=20)
+    began = first.feed(IDS[:4])
+    second.feed(IDS[10:17])
+    went_on = first.feed(IDS[4:5])
+    np.testing.assert_array_equal(np.stack([began, went_on]), np.stack(expected))
+
+
+def test_logits_that_were_given_stay_as_they_are(engine: OrtEngine) -> None:
+    stream = engine.stream(capacity=10)
+    first = stream.feed(IDS[:4])
+    kept = first.copy()
+    stream.feed(IDS[4:5])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_past_and_present_are_the_same_memory(engine: OrtEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel then appends in place; in two buffers the whole cache would be copied for every token."""
+    made: list[onnxruntime.OrtValue] = []
+    make = onnxruntime.OrtValue.ortvalue_from_numpy
+
+    def noting(array: np.ndarray) -> onnxruntime.OrtValue:
+        made.append(make(array))
+        return made[-1]
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", noting)
+    stream = engine.stream(capacity=10)
+    assert len(made) == len(engine.past_names) == 6
+    stream.feed(IDS[:4])
+    stream.feed(IDS[4:5])
+    for buffer in made:
+        filled = buffer.numpy().any(axis=(0, 1, 3))
+        assert filled.tolist() == [True] * 5 + [False] * 5
+
+
+def test_a_stream_takes_no_more_than_its_capacity(engine: OrtEngine) -> None:
+    stream = engine.stream(capacity=6)
+    stream.feed(IDS[:4])
+    with pytest.raises(UsageError, match="7 tokens do not fit into a sequence of 6"):
+        stream.feed(IDS[4:7])
+    stream.feed(IDS[4:6])
+
+
+def test_folding_constants_changes_no_logit(folder: Path, engine: OrtEngine) -> None:
+    unfolded = OrtEngine(folder, threads=1, fold_constants=False)
+    np.testing.assert_allclose(unfolded.logits(IDS[None]), engine.logits(IDS[None]), atol=1e-4)
+
+
+def test_a_folder_without_a_graph_is_no_artifact(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.onnx"):
+        with pytest.raises(ArtifactError, match=r"no model\.onnx") as caught:
+            OrtEngine(path, threads=1)
+        assert caught.value.where == str(path)
+
+
+def test_a_damaged_graph_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(ArtifactError, match="onnxruntime cannot open") as caught:
+        OrtEngine(tmp_path, threads=1)
+    assert caught.value.where == str(tmp_path / "model.onnx")
+
+
+def test_a_graph_whose_data_is_missing_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data"):
+        open_session(tmp_path / "model.onnx", threads=1)
+
+
+def test_a_graph_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    graph = Graph(tmp_path)
+    graph.input("x", TensorProto.FLOAT, ["rows"])
+    graph.node("Relu", ["x"], "relu", outputs=["y"])
+    graph.output("y", TensorProto.FLOAT, ["rows"])
+    graph.save("0")
+    with pytest.raises(ArtifactError, match="not a decoder"):
+        OrtEngine(tmp_path, threads=1)
