@@ -9,7 +9,7 @@ from llmopt.model.spec import Linear
 from llmopt.quantize.weights import QuantizedWeight
 
 TOP = 255
-SMALLEST_WIDTH = 1e-30  # stands in for the width of a row whose values are all equal
+SMALLEST_STEP = 1e-30  # stands in for the step of a row of zeros
 
 
 def quantized_apply(
@@ -30,7 +30,8 @@ def quantized_apply(
 
 
 def round_rows(x: Tensor) -> Tensor:
-    """Activations as 8 bits keep them: each row (a token) on 256 points from its lowest value to its highest."""
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    width = (high - low).clamp_min(SMALLEST_WIDTH)
-    return low + ((x - low) / width * TOP).round_() * (width / TOP)
+    """Activations as 8 bits keep them: each row (a token) on 256 points over its range, 0 being one of them."""
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    step = ((high - low) / TOP).clamp_min(SMALLEST_STEP)
+    shift = (low / step).round()
+    return ((x / step - shift).round().clamp(0, TOP) + shift) * step
