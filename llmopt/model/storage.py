@@ -100,10 +100,10 @@ def stored_bytes(rows: int, columns: int, grid: Grid) -> int:
     """One weight on `grid`: codes, a float32 scale a group, and a zero point a group where it is asymmetric.
 
     Weight-only kernels read whole groups, so a last one that is shorter is padded; and a scheme per channel repeats
-    its scale for blocks of at most 128.
+    its scale for blocks of at most 128. Integer products have the sum of each row beside its scale.
     """
     if grid.activation_bits == 8:
-        return rows * (columns + _FLOAT32_BYTES)
+        return rows * (columns + 2 * _FLOAT32_BYTES)
     size = grid.group_size or next((block for block in (128, 64, 32, 16) if columns % block == 0), 32)
     groups = math.ceil(columns / size)
     zero_points = 0 if grid.symmetric else math.ceil(groups * grid.bits / 8)

@@ -159,7 +159,7 @@ def test_a_tied_head_is_listed_and_stores_nothing() -> None:
         ("w4a16-g32-asym", 5 * (32 + 2 * 4 + 1)),
         ("w4a16-g64-sym", 5 * (32 + 4)),  # the last group is padded
         ("w8a16-channel-sym", 5 * (48 + 3 * 4)),  # the scale of a row, once for each block of 16
-        ("w8a8", 5 * (48 + 4)),
+        ("w8a8", 5 * (48 + 4 + 4)),  # a scale and a sum for each row
     ],
 )
 def test_a_stored_weight_has_codes_scales_and_zero_points(scheme: str, size: int) -> None:
