@@ -39,18 +39,13 @@ def random_tokens(batch: int = 3, tokens: int = 5) -> Array:
 def product_session(
     folder: Path, weight: QuantizedWeight, *, signed_int8: bool = False
 ) -> onnxruntime.InferenceSession:
-    """y, the codes of x, and the low end and the width of each token's range."""
+    """y; and the codes of x, with each token's step and what its codes are shifted by."""
     folder.mkdir(exist_ok=True)
     graph = Graph(folder, signed_int8=signed_int8)
     graph.input("x", TensorProto.FLOAT, ["batch", "tokens", WIDTH])
     y = int8_product(graph, "x", "up", write_columns(graph, "up", weight))
-    kinds = {
-        y: TensorProto.FLOAT,
-        "x/codes": TensorProto.UINT8,
-        "x/low": TensorProto.FLOAT,
-        "x/width": TensorProto.FLOAT,
-    }
-    return open_graph(graph, kinds)
+    kinds = dict.fromkeys((y, "x/step", "x/shift"), TensorProto.FLOAT)
+    return open_graph(graph, kinds | {"x/codes": TensorProto.UINT8})
 
 
 def reference(x: Array, weight: QuantizedWeight) -> Array:
@@ -58,15 +53,16 @@ def reference(x: Array, weight: QuantizedWeight) -> Array:
     return quantized_apply({"up.weight": weight}, linear, torch.from_numpy(x)).numpy()
 
 
-def test_every_token_has_256_codes_from_its_lowest_to_its_highest_value(tmp_path: Path) -> None:
+def test_every_token_has_256_codes_over_a_range_of_its_own(tmp_path: Path) -> None:
     x = random_tokens()
-    _, codes, low, width = product_session(tmp_path, random_weight()).run(None, {"x": x})
-    np.testing.assert_array_equal(low, x.min(-1, keepdims=True))
-    np.testing.assert_array_equal(width, x.max(-1, keepdims=True) - x.min(-1, keepdims=True))
+    _, step, shift, codes = product_session(tmp_path, random_weight()).run(None, {"x": x})
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    np.testing.assert_allclose(step, (high - low) / 255, rtol=1e-6)
+    np.testing.assert_array_equal(shift, np.round(low / step))
     assert (codes.min(-1) == 0).all()
-    assert (codes.max(-1) == 255).all()
-    exact = (x.astype(np.float64) - low) / width * 255
-    assert np.abs(codes - exact).max() < 0.5001
+    assert (codes.max(-1) >= 254).all()
+    values = (codes.astype(np.float64) + shift) * step
+    assert (np.abs(values - x) <= 0.5001 * step).all()
 
 
 def test_the_product_is_that_of_the_reference_whatever_the_outliers(tmp_path: Path) -> None:
@@ -104,9 +100,8 @@ def extreme_weight(largest: int) -> QuantizedWeight:
 
 
 def extreme_tokens() -> Array:
-    """Most values at the upper end of their range, where the codes are 255."""
-    x = np.where(np.random.default_rng(2).random((2, 9, WIDTH)) < 0.8, 1, -1).astype(np.float32)
-    x[..., 0] = -1
+    """Zeros and ones, whose codes are 0 and 255, and mostly ones."""
+    x: Array = (np.random.default_rng(2).random((2, 9, WIDTH)) < 0.8).astype(np.float32)
     return x
 
 
