@@ -72,17 +72,29 @@ def baseline_side(calls: Calls, prompt_tokens: int, seed: int) -> Side:
 
 def candidate_side(calls: Calls, baseline: Calls, noise: dict[str, Delta], prompt_tokens: int, seed: int) -> Side:
     """What was measured of a candidate, and how it compares with the baseline in the same rounds."""
-    deltas = {}
-    for name, delta in changes(calls, baseline, prompt_tokens, seed).items():
-        floor = noise.get(name)
-        deltas[name] = Delta(
-            relative=delta.relative,
-            low=delta.low,
-            high=delta.high,
-            noise_low=min(0.0, floor.low) if floor and floor.low is not None else None,
-            noise_high=max(0.0, floor.high) if floor and floor.high is not None else None,
-        )
+    deltas = {
+        name: _with_noise(delta, noise.get(name))
+        for name, delta in changes(calls, baseline, prompt_tokens, seed).items()
+    }
     return Side(metrics=_metrics(calls, prompt_tokens, seed), deltas=deltas, extra=_extra(calls))
+
+
+def _with_noise(delta: Delta, floor: Delta | None) -> Delta:
+    """A change beside what the baseline shows against itself, and no surer than that.
+
+    A few rounds that happen to agree make a narrow interval; what no change at all showed in the same rounds says how
+    far it can be trusted, so the interval reaches as far from the change.
+    """
+    if delta.low is None or delta.high is None or floor is None or floor.low is None or floor.high is None:
+        return delta
+    noise_low, noise_high = min(0.0, floor.low), max(0.0, floor.high)
+    return Delta(
+        relative=delta.relative,
+        low=min(delta.low, delta.relative + noise_low),
+        high=max(delta.high, delta.relative + noise_high),
+        noise_low=noise_low,
+        noise_high=noise_high,
+    )
 
 
 def changes(calls: Calls, baseline: Calls, prompt_tokens: int, seed: int) -> dict[str, Delta]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmopt.artifact import REPORT, load_manifest, write_json
-from llmopt.errors import ArtifactError, ExitCode, UsageError
+from llmopt.errors import ArtifactError, ExitCode
 from llmopt.measure.latency import LatencySettings
 from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
 from llmopt.pipeline.quantize import Prepared, QuantizeRequest, execute, prepare
@@ -37,14 +37,8 @@ def plan(recipe: Recipe, options: RunOptions, progress: Progress) -> list[Prepar
     """Every step, its model found and its layers assigned; nothing is written and no weight is read.
 
     Raises:
-        LlmoptError: a step cannot be done, or two have the same name.
+        LlmoptError: a step cannot be done.
     """
-    names = [step.quantize.name for step in recipe.steps]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"two steps are named {repeated!r}", hint="each writes the folder of its name: rename one")
-    for gate in recipe.gates:
-        if gate.candidate is not None and gate.candidate not in names:
-            raise UsageError(f"a gate is about {gate.candidate!r}, which is no step", hint=f"steps: {', '.join(names)}")
     return [prepare(_request(recipe, step.quantize, options), progress) for step in recipe.steps]
 
 

@@ -75,7 +75,13 @@ def _validate(document: Document, vocabulary: Vocabulary) -> Recipe:
         return Recipe.model_validate(document.value, context=vocabulary)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        raise _explained(min(errors, key=lambda one: document.place(one["loc"])), document) from error
+        # A list whose only item is wrong is told to be too short as well: what is wrong inside says more.
+        inner = [one for one in errors if not any(_holds(one["loc"], other["loc"]) for other in errors)]
+        raise _explained(min(inner, key=lambda one: document.place(one["loc"])), document) from error
+
+
+def _holds(outer: Keys, inner: Keys) -> bool:
+    return len(outer) < len(inner) and inner[: len(outer)] == outer
 
 
 def _explained(error: ErrorDetails, document: Document) -> RecipeError:

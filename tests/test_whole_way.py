@@ -1,0 +1,392 @@
+"""From a model to a verdict, through the command line, on the embedded model and on damaged copies of it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmopt import demo
+from llmopt.artifact import load_manifest
+from llmopt.report.results import TIMING_METRICS
+from tests.whole_way import CommandLine, bytes_of
+
+ACCURACY = ("--tokens", "2048", "--no-latency", "--threads", "1")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def llmopt(capfd, cache, monkeypatch):
+    monkeypatch.setenv("LLMOPT_CACHE", str(cache))
+    return CommandLine(capfd)
+
+
+@pytest.fixture(scope="session")
+def int4(tmp_path_factory):
+    """The embedded model with 4-bit weights; copy it to change it."""
+    from llmopt.pipeline.quantize import QuantizeRequest, quantize
+    from llmopt.quantize.scheme import parse_scheme
+
+    folder = tmp_path_factory.mktemp("artifacts") / "int4"
+    quantize(QuantizeRequest(model="demo", output=folder, scheme=parse_scheme("w4a16")))
+    return folder
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A copy of the embedded model, to be damaged."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(demo.folder(), folder)
+    return folder
+
+
+def rewrite(folder, change):
+    """Change the weights of a model."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def only_entry(folder, name):
+    """Nothing but `name` is in the folder, hidden files counted."""
+    return {path.name for path in folder.iterdir()} == {name}
+
+
+class TestQuantize:
+    def test_every_layer_is_told_with_its_scheme_or_the_reason(self, llmopt, tmp_path):
+        options = ("--scheme", "w4a16", "--override", "layers.0.*=w8a16", "--ignore", "layers.1.mlp.*")
+        ended = llmopt("quantize", "demo", "-o", tmp_path / "out", *options, "--json")
+        assert ended.code == 0
+        layers = {layer["name"]: layer for layer in json.loads(ended.out)["candidates"][0]["layers"]}
+        assert layers["model.layers.0.mlp.up_proj"]["scheme"] == "w8a16-g64-sym"
+        assert layers["model.layers.1.self_attn.q_proj"]["scheme"] == "w4a16-g32-asym"
+        assert layers["model.layers.1.mlp.up_proj"]["scheme"] is None
+        assert "ignored" in layers["model.layers.1.mlp.up_proj"]["reason"]
+        assert layers["lm_head"]["scheme"] == "w8a16-g64-sym"
+        assert "lm_head" in layers["model.embed_tokens"]["reason"]
+        assert all(layer["reason"] for layer in layers.values() if layer["scheme"] is None)
+
+    def test_two_runs_write_the_same_bytes(self, llmopt, int4, tmp_path):
+        assert llmopt("quantize", "demo", "-o", tmp_path / "int4", "--scheme", "w4a16", "--threads", "1").code == 0
+        first, second = bytes_of(int4), bytes_of(tmp_path / "int4")
+        reports = [json.loads(files.pop("report.json")) for files in (first, second)]
+        assert first == second
+        assert reports[0] | {"host": None} == reports[1] | {"host": None}
+
+    def test_a_dry_run_writes_nothing(self, llmopt, tmp_path):
+        ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--dry-run", "--json")
+        assert ended.code == 0
+        assert json.loads(ended.out)["estimated_bytes"] > 1_000_000
+        assert not list(tmp_path.iterdir())
+
+    def test_what_stands_at_the_output_is_left_alone(self, llmopt, int4, tmp_path):
+        folder = shutil.copytree(int4, tmp_path / "int4")
+        before = bytes_of(folder)
+        ended = llmopt("quantize", "demo", "-o", folder)
+        assert ended.code == 3
+        assert "--force" in ended.err
+        assert bytes_of(folder) == before
+        assert llmopt("quantize", "demo", "-o", folder, "--force", "--threads", "1").code == 0
+        assert load_manifest(folder, verify=True).scheme == "w8a16-g64-sym"
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["--scheme", "w3a16"], "w3a16"),
+            (["--method", "rtm"], "rtn"),
+            (["--ignore", "down_prj"], "down_proj"),
+            (["--override", "lm_head"], "PATTERN=SCHEME"),
+            (["--override", "lm_head=w8a16", "--override", "embed_tokens=w4a16"], "tied"),
+            (["--format", "gguf"], "onnx"),
+            (["--cpu", "avx"], "vnni"),
+            (["--shceme", "w8a16"], "--scheme"),
+        ],
+    )
+    def test_a_mistake_on_the_command_line_is_told_before_anything_is_written(self, llmopt, tmp_path, words, told):
+        ended = llmopt("quantize", "demo", "-o", tmp_path / "out", *words)
+        assert ended.code == 2
+        assert told in ended.err
+        assert not list(tmp_path.iterdir())
+
+
+class TestDamagedModels:
+    """Each ends in one clear error that names the tensor or the file, with exit code 3, and leaves nothing behind."""
+
+    def assert_refused(self, llmopt, damaged, told):
+        ended = llmopt("quantize", damaged, "-o", damaged.parent / "out", "--threads", "1")
+        assert ended.code == 3, ended.err
+        assert ended.err.count("error:") == 1
+        assert told in ended.err
+        assert "Traceback" not in ended.err
+        assert only_entry(damaged.parent, "damaged")
+
+    def test_a_value_that_is_not_a_number_in_the_last_block(self, llmopt, damaged):
+        name = "model.layers.3.mlp.down_proj.weight"
+
+        def change(weights):
+            weights[name][5, 7] = float("nan")
+
+        rewrite(damaged, change)
+        self.assert_refused(llmopt, damaged, name)
+
+    def test_an_infinite_value_in_the_table(self, llmopt, damaged):
+        def change(weights):
+            weights["model.embed_tokens.weight"][3, 1] = float("inf")
+
+        rewrite(damaged, change)
+        self.assert_refused(llmopt, damaged, "model.embed_tokens.weight")
+
+    def test_a_missing_tensor(self, llmopt, damaged):
+        name = "model.layers.2.self_attn.o_proj.weight"
+        rewrite(damaged, lambda weights: weights.pop(name))
+        self.assert_refused(llmopt, damaged, name)
+
+    def test_a_tensor_of_the_wrong_shape(self, llmopt, damaged):
+        name = "model.layers.1.mlp.gate_proj.weight"
+        rewrite(damaged, lambda weights: weights.update({name: torch.zeros(8, 8)}))
+        self.assert_refused(llmopt, damaged, name)
+
+    def test_a_truncated_file(self, llmopt, damaged):
+        with (damaged / "model.safetensors").open("r+b") as file:
+            file.truncate(100_000)
+        self.assert_refused(llmopt, damaged, "model.safetensors")
+
+    def test_an_index_that_leaves_the_folder(self, llmopt, damaged):
+        (damaged / "model.safetensors").unlink()
+        index = {"weight_map": {"model.norm.weight": "../../other.safetensors"}}
+        (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+        self.assert_refused(llmopt, damaged, "../../other.safetensors")
+
+    def test_pickled_weights(self, llmopt, damaged):
+        (damaged / "model.safetensors").rename(damaged / "pytorch_model.bin")
+        self.assert_refused(llmopt, damaged, "save_pretrained")
+
+    def test_no_tokenizer(self, llmopt, damaged):
+        for path in damaged.glob("*token*"):
+            path.unlink()
+        self.assert_refused(llmopt, damaged, "tokenizer")
+
+    def test_an_unknown_family(self, llmopt, damaged):
+        config = json.loads((damaged / "config.json").read_text())
+        (damaged / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
+        self.assert_refused(llmopt, damaged, "'llama'")
+
+    def test_no_model_at_all(self, llmopt, tmp_path):
+        ended = llmopt("quantize", tmp_path / "nothing", "-o", tmp_path / "out")
+        assert ended.code == 3
+        assert "nothing" in ended.err
+
+
+def test_a_full_disk_leaves_nothing_behind(llmopt, tmp_path, monkeypatch):
+    from llmopt.export.onnx.graph import DataFile
+
+    def no_space(self, name, array):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DataFile, "add", no_space)
+    ended = llmopt("quantize", "demo", "-o", tmp_path / "out")
+    assert ended.code == 3
+    assert "disk is full" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_leaves_no_artifact_and_can_be_run_again(llmopt, tmp_path, sent, code):
+    command = [sys.executable, "-m", "llmopt", "quantize", "demo", "-o", str(tmp_path / "out"), "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*")):
+        assert process.poll() is None, "it ended before it was stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, sent)
+    assert process.wait() == code
+    assert not (tmp_path / "out").exists()
+    assert llmopt("quantize", "demo", "-o", tmp_path / "out", "--threads", "1").code == 0
+    assert only_entry(tmp_path, "out")
+
+
+class TestBench:
+    def test_an_artifact_against_itself_changes_nothing(self, llmopt, int4, tmp_path):
+        folder = shutil.copytree(int4, tmp_path / "int4")
+        ended = llmopt(
+            "bench", folder, "--baseline", folder, "--json", *ACCURACY[:2], "--rounds", "2", "--threads", "1"
+        )
+        assert ended.code == 0
+        deltas = json.loads(ended.out)["candidates"][0]["deltas"]
+        for metric, delta in deltas.items():
+            if delta is None:
+                assert metric in {"kl_divergence", "top1_agreement"}
+            elif delta["low"] is None:
+                assert delta["relative"] == 0, metric
+            else:
+                assert delta["low"] <= 0 <= delta["high"], metric
+                assert delta["detectable"] is not None, metric
+
+    def test_the_artifact_keeps_what_was_measured_and_stays_whole(self, llmopt, int4, tmp_path):
+        folder = shutil.copytree(int4, tmp_path / "int4")
+        assert llmopt("bench", folder, *ACCURACY).code == 0  # the baseline is the source that the manifest names
+        report = json.loads((folder / "report.json").read_text())
+        assert report["candidates"][0]["metrics"]["perplexity"]["n"] > 1000
+        assert report["candidates"][0]["metrics"]["tpot_ms"] is None
+        assert report["candidates"][0]["layers"]
+        assert "perplexity" in (folder / "README.md").read_text()
+        load_manifest(folder, verify=True)
+
+    @pytest.mark.parametrize(
+        ("promise", "ends"),
+        [
+            ("perplexity <= +50%", (0, "pass")),
+            ("size_bytes <= 1MB", (1, "fail")),
+            ("tpot_ms <= 20", (4, "inconclusive")),  # not measured
+        ],
+    )
+    def test_a_promise_becomes_an_exit_code(self, llmopt, int4, tmp_path, promise, ends):
+        folder = shutil.copytree(int4, tmp_path / "int4")
+        ended = llmopt("bench", folder, "--assert", promise, "--json", *ACCURACY)
+        (gate,) = json.loads(ended.out)["gates"]
+        assert (ended.code, gate["verdict"]) == ends
+
+    def test_mistakes_are_told(self, llmopt, int4, tmp_path):
+        (tmp_path / "empty.txt").write_text("")
+        for words, told in (
+            ([int4, "--assert", "perplexty <= 1"], "perplexity"),
+            ([int4, "--text", tmp_path / "none.txt"], "none.txt"),
+            ([int4, "--text", tmp_path / "empty.txt"], "empty.txt"),
+            ([int4, int4], "int4"),
+        ):
+            ended = llmopt("bench", *words, *ACCURACY)
+            assert ended.code == 2, words
+            assert told in ended.err
+
+
+RECIPE = """\
+schema: llmopt.recipe/1
+model: demo
+output: {output}
+threads: 1
+steps:
+  - quantize: {{name: int8, scheme: w8a16}}
+bench: {{tokens: 2048, prompt: 16, output: 4, rounds: 1}}
+gates:
+  - {gate}
+"""
+
+
+class TestRun:
+    def recipe(self, tmp_path, gate="size_bytes <= -50%", output="out"):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(RECIPE.format(output=tmp_path / output, gate=gate))
+        return path
+
+    @pytest.mark.parametrize(
+        ("gate", "code"),
+        [
+            ("size_bytes <= -50%", 0),
+            ("perplexity <= -50%", 1),
+            # One round of one process has no interval, so nothing can be promised of its times.
+            ("tpot_ms <= 0.5x", 4),
+        ],
+    )
+    def test_each_verdict_has_its_exit_code(self, llmopt, tmp_path, gate, code):
+        assert llmopt("run", self.recipe(tmp_path, gate)).code == code
+
+    def test_a_step_that_is_done_is_not_done_again(self, llmopt, tmp_path):
+        recipe = self.recipe(tmp_path)
+        assert llmopt("run", recipe).code == 0
+        graph = tmp_path / "out" / "int8" / "model.onnx"
+        before = graph.stat().st_ino
+        again = llmopt("run", recipe)
+        assert again.code == 0
+        assert "kept" in again.err
+        assert graph.stat().st_ino == before
+        other = ("--set", "steps.0.quantize.scheme=w4a16")
+        refused = llmopt("run", recipe, *other)
+        assert refused.code == 3
+        assert "--force" in refused.err
+        assert llmopt("run", recipe, *other, "--force").code == 0
+        assert load_manifest(graph.parent).scheme == "w4a16-g32-asym"
+
+    def test_two_runs_write_the_same_bytes_but_for_timings(self, llmopt, tmp_path):
+        folders = []
+        for name in ("a", "b"):
+            assert llmopt("run", self.recipe(tmp_path, output=name)).code == 0
+            folders.append(bytes_of(tmp_path / name))
+        reports = [[json.loads(files.pop(path)) for path in ("report.json", "int8/report.json")] for files in folders]
+        assert folders[0] == folders[1]
+        first, second = ([timeless(report) for report in pair] for pair in reports)
+        assert first == second
+
+    def test_a_mistyped_key_is_told_with_its_line(self, llmopt, tmp_path):
+        recipe = self.recipe(tmp_path)
+        recipe.write_text(recipe.read_text().replace("scheme: w8a16", "shceme: w8a16"))
+        ended = llmopt("run", recipe)
+        assert ended.code == 2
+        assert "recipe.yaml:6" in ended.err
+        assert "did you mean 'scheme'" in ended.err
+
+    def test_a_gate_about_no_step_is_told(self, llmopt, tmp_path):
+        recipe = self.recipe(tmp_path, '{candidate: int9, assert: "perplexity <= +1%"}')
+        ended = llmopt("run", recipe, "--dry-run")
+        assert ended.code == 2
+        assert "int9" in ended.err
+
+
+def timeless(report):
+    """A report without what depends on the machine and the moment."""
+    subjects = [report["baseline"], *report["candidates"]]
+    for subject in subjects:
+        for metric in TIMING_METRICS:
+            subject["metrics"][metric] = None
+            subject.get("deltas", {}).pop(metric, None)
+        subject["extra"] = {
+            name: value for name, value in subject["extra"].items() if name.startswith(("kl_", "perplexity"))
+        }
+        subject["path"] = None
+    report["settings"].pop("latency")
+    return report | {"host": None, "notes": None}
+
+
+class TestGenerate:
+    def test_an_artifact_and_its_model_tell_stories(self, llmopt, int4):
+        for model in (int4, "demo"):
+            ended = llmopt("generate", model, "Once", "--max-tokens", "20", "--threads", "1", "--json")
+            assert ended.code == 0
+            assert len(json.loads(ended.out)["text"].split()) > 5
+
+    def test_a_seed_repeats_what_it_said(self, llmopt, int4):
+        said = [
+            llmopt("generate", int4, "The", "--temperature", "1", "--seed", seed, "--max-tokens", "30").out
+            for seed in (1, 1, 2)
+        ]
+        assert said[0] == said[1] != said[2]
+
+    def test_an_empty_prompt_and_one_that_is_too_long_are_refused(self, llmopt, int4):
+        assert llmopt("generate", int4, "").code == 2
+        assert llmopt("generate", int4, "once upon a time " * 2000).code == 2
+
+
+def test_help_lists_what_there_is():
+    ended = subprocess.run([sys.executable, "-m", "llmopt", "--help"], capture_output=True, text=True, check=True)
+    for command in ("demo", "inspect", "quantize", "bench", "run", "generate", "recipe"):
+        assert f"\n  {command} " in ended.stdout
+    for later in ("cast", "probe", "partition", "launch"):
+        assert f"\n  {later} " not in ended.stdout
+
+
+def test_demo_shows_both_schemes_beside_the_best_that_any_model_could_do(llmopt):
+    ended = llmopt("demo", "--threads", "1")
+    assert ended.code == 0
+    assert "w8a16" in ended.out
+    assert "w4a16" in ended.out
+    assert "no model can have a perplexity below" in ended.out
