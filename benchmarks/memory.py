@@ -43,7 +43,8 @@ def measure(model: Path, output: Path, scheme: str) -> tuple[float, float]:
     began = time.perf_counter()
     process = subprocess.Popen([*command, "--threads", "2"], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
     return time.perf_counter() - began, usage.ru_maxrss / 1000  # kilobytes on Linux
 
 
