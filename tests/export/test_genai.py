@@ -42,6 +42,12 @@ def test_sizes_are_those_of_the_spec(spec: ModelSpec) -> None:
     assert [decoder[name] for name in sizes] == [16, 64, 4, 3, 2]
 
 
+def test_the_context_is_what_the_graph_can_rotate() -> None:
+    """Beyond its original length a longrope model would need other tables."""
+    config = config_of(spec_of(CASES["phi3"]))
+    assert (config["model"]["context_length"], config["search"]["max_length"]) == (32, 32)
+
+
 def test_names_are_those_of_the_graph(spec: ModelSpec, tmp_path: Path) -> None:
     write_decoder(tmp_path, spec, random_weights(spec), lambda name: None, [np.arange(3)])
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph

@@ -90,6 +90,13 @@ def test_a_token_of_equal_values_is_multiplied_by_the_sums(tmp_path: Path, value
     np.testing.assert_allclose(y, np.broadcast_to(expected, y.shape), rtol=1e-5, atol=1e-30)
 
 
+def test_halves_fall_as_they_do_in_the_reference(tmp_path: Path) -> None:
+    """In a symmetric row both ends lie halfway between two codes."""
+    x, weight = np.tile(np.array([-127.5, 127.5, 64, 0, -0.5], np.float32), (1, 3, WIDTH // 5)), random_weight()
+    y = product_session(tmp_path, weight).run(None, {"x": x})[0]
+    assert relative_error(y, reference(x, weight)) < 1e-6
+
+
 def extreme_weight(largest: int) -> QuantizedWeight:
     """Random codes up to `largest` from the middle, in every channel."""
     generator = torch.Generator().manual_seed(1)

@@ -19,12 +19,11 @@ UP = "model.layers.1.mlp.up_proj"
 Damage = Callable[[np.ndarray], None]
 
 
-def verified(folder: Path, scheme: str | None, damage: dict[str, Damage] | None = None) -> Verification:
-    """Write a decoder, damage some of its tensors where they lie, and hold it against its references."""
+def verified(folder: Path, scheme: str | None, spoil: Callable[[Path], None] = lambda folder: None) -> Verification:
+    """Write a decoder, spoil it, and hold it against its references."""
     spec = spec_of(CASES["mistral"])
     references = write_decoder(folder, spec, random_weights(spec), lambda name: scheme, WINDOWS)
-    for name, change in (damage or {}).items():
-        change_tensor(folder, name, change)
+    spoil(folder)
     rounded = references.rounded if scheme == "w8a8" else None
     return verify(folder, references.exact, rounded, threads=1, progress=Silent())
 
@@ -112,17 +111,31 @@ DAMAGES = [
 )
 def test_an_export_with_other_numbers_is_refused(tmp_path: Path, scheme: str, name: str, damage: Damage) -> None:
     with pytest.raises(VerificationError, match="logits differ from the quantized model's") as caught:
-        verified(tmp_path, scheme, {name: damage})
+        verified(tmp_path, scheme, lambda folder: change_tensor(folder, name, damage))
     assert caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == [GRAPH_FILE, DATA_FILE]
 
 
 def test_not_a_number_is_refused(tmp_path: Path) -> None:
-    def spoil(array: np.ndarray) -> None:
+    def to_nan(array: np.ndarray) -> None:
         array[0, 0] = np.nan
 
     with pytest.raises(VerificationError, match="nan"):
-        verified(tmp_path, "w8a16", {f"{UP}.scales": spoil})
+        verified(tmp_path, "w8a16", lambda folder: change_tensor(folder, f"{UP}.scales", to_nan))
+
+
+def test_integers_that_are_off_are_refused_though_the_numbers_are_right(tmp_path: Path) -> None:
+    """Held in float32 alone, the graph would pass: there activations have no codes."""
+
+    def shift_codes(folder: Path) -> None:
+        model = onnx.load(folder / GRAPH_FILE, load_external_data=False)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(7, np.uint8), "seven"))
+        (node,) = (node for node in model.graph.node if node.name == f"{UP}/integers")
+        node.input[4] = "seven"  # what stands for 0 in the codes of the activations
+        (folder / GRAPH_FILE).write_bytes(model.SerializeToString())
+
+    with pytest.raises(VerificationError, match="with integer products"):
+        verified(tmp_path, "w8a8", shift_codes)
 
 
 def test_nothing_stays_beside_the_export(tmp_path: Path) -> None:
