@@ -12,8 +12,6 @@ from llmopt.demo import vocabulary as say
 from llmopt.demo.choices import Choice, Pen, either, zipf
 
 _AN_ADJECTIVE = say.with_article(say.ADJECTIVES)
-_AN_ANIMAL = say.with_article(say.ANIMALS)
-_A_TRADE = say.with_article(say.TRADES)
 _ADVERB_OR_TOWARDS = either((0.4, say.WAYS), (0.6, say.TOWARDS))
 _QUALITY_OR_PLACE = either((0.5, say.QUALITIES), (0.5, say.PLACES))
 _MOST_EVENTS = 16
@@ -28,6 +26,7 @@ class _Tale:
     trade: str
     adjective: str
     friend: str
+    friends_trade: str
     pet: str
     animal: str
     thing: str
@@ -54,25 +53,27 @@ def _introduce(pen: Pen) -> _Tale:
     pen.choose(say.SETTINGS)
     town = pen.choose(say.TOWNS)
     pen.choose(say.LIVED)
-    adjective = _bare(pen.choose(_AN_ADJECTIVE))
-    trade = pen.choose(say.TRADES)
-    pen.choose(say.NAMED)
     hero = pen.choose(say.PEOPLE)
+    pen.write("the")
+    adjective = pen.choose(say.ADJECTIVES)
+    trade = pen.choose(say.TRADES)
     pen.write(f". {say.possessive(hero)}")
-    friend = pen.choose(_names(pen.choose(say.RELATIONS), hero))
+    relation = pen.choose(say.RELATIONS)
     pen.write("was")
-    pen.choose(_A_TRADE)
+    friend = pen.choose(_names(relation, hero))
+    pen.write("the")
+    friends_trade = pen.choose(say.TRADES)
     pen.write(f". {say.pronoun(hero)}")
     pen.choose(say.OWNED)
     count, thing = _choose_things(pen)
     pen.write("and")
-    animal = _bare(pen.choose(_AN_ANIMAL))
-    pen.choose(say.NAMED)
     pet = pen.choose(say.PETS)
+    pen.write("the")
+    animal = pen.choose(say.ANIMALS)
     pen.write(".")
     return _Tale(
-        hero=hero, town=town, trade=trade, adjective=adjective, friend=friend, pet=pet, animal=animal, thing=thing,
-        count=count,
+        hero=hero, town=town, trade=trade, adjective=adjective, friend=friend, friends_trade=friends_trade,
+        pet=pet, animal=animal, count=count, thing=thing,
     )  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def _see(pen: Pen, tale: _Tale) -> None:
 def _give(pen: Pen, tale: _Tale) -> None:
     given = say.NUMBERS.index(pen.choose(_numbers_up_to(tale.count - 1))) + 1
     pen.write(f"{_many(tale.thing, given)} to")
-    pen.choose(_friend_or_tradesman(tale.friend))
+    pen.choose(_friend_or_tradesman(f"{tale.friend} the {tale.friends_trade}"))
     tale.count -= given
     pen.write(f", keeping {say.NUMBERS[tale.count - 1]} .")
 
@@ -148,7 +149,7 @@ def _meet(pen: Pen, tale: _Tale) -> None:
 
 def _ask(pen: Pen, tale: _Tale) -> None:
     pen.write(f"{tale.friend} about")
-    pen.choose(_topics(tale.pet, tale.things, tale.town))
+    pen.choose(_topics(f"{tale.pet} the {tale.animal}", f"{say.possessive(tale.hero)} {tale.things}", tale.town))
     pen.write(f", but {say.pronoun(tale.friend)}")
     pen.choose(say.REPLIES)
     pen.write(".")
@@ -164,7 +165,7 @@ def _feel(pen: Pen, tale: _Tale) -> None:
 def _conclude(pen: Pen, tale: _Tale) -> None:
     pen.write(tale.hero)
     pen.choose(say.RETURNING)
-    pen.write(f"to {tale.town} with {tale.pet} and {tale.things} .")
+    pen.write(f"to {tale.town} with {tale.pet} the {tale.animal} and {tale.things} .")
     pen.choose(say.CLOSING)
     pen.choose(say.TOWNSPEOPLE)
     pen.choose(say.SAYING)
@@ -245,12 +246,7 @@ def _friend_or_tradesman(friend: str) -> Choice:
 
 @cache
 def _topics(pet: str, things: str, town: str) -> Choice:
-    return zipf((f"the {things}", pet, town))
-
-
-def _bare(phrase: str) -> str:
-    """The phrase without its article."""
-    return phrase.split(maxsplit=1)[1]
+    return zipf((things, pet, town))
 
 
 def _many(thing: str, count: int) -> str:

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmopt.demo import Document, documents, oracle_perplexity
 from llmopt.demo import tokenizer as demo_tokenizer
 from llmopt.demo.grammar import END
+from llmopt.demo.muon import Muon
 
 CONTEXT_LENGTH = 1024
 TOKENS_PER_DOCUMENT = 100  # a little less than there are on average
@@ -37,13 +38,12 @@ class Settings:
     """
 
     seed: int = 0
-    steps: int = 1600
+    steps: int = 1200
     tokens_per_step: int = 2048
     window: int = 256
     long_share: float = 0.12
-    peak_rate: float = 4e-3
+    peak_rate: float = 8e-3
     warmup_steps: int = 60
-    weight_decay: float = 0.05
     tokenizer_documents: int = 4000
     evaluation_documents: int = 400
 
@@ -106,32 +106,30 @@ def new_model(tokenizer: tokenizers.Tokenizer) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         bos_token_id=end,
         eos_token_id=end,
-        initializer_range=0.04,
     )
     return LlamaForCausalLM(config)
 
 
 def _fit(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    inner = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embed" not in name]
+    others = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 1 or "embed" in name]
+    muon, adam = Muon(inner), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     began = time.monotonic()
     for step, ids_BT in enumerate(_batches(tokenizer, settings)):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step)
         loss = model(input_ids=ids_BT, labels=ids_BT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        adam.param_groups[0]["lr"] = settings.rate(step)
+        adam.step()
+        muon.step(settings.rate(step))
+        model.zero_grad()
         if (step + 1) % 50 == 0:
             seconds = time.monotonic() - began
             sys.stderr.write(f"step {step + 1}/{settings.steps}  loss {loss.item():.4f}  {seconds:.0f} s\n")
 
 
 def _batches(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Iterator[Tensor]:
-    """Shape [windows, tokens], for each step. Every other window begins where a story does, the others anywhere."""
+    """Shape [windows, tokens], for each step. Every other window begins with a story or the line feed before it."""
     stream_T, starts = _stream(tokenizer, settings)
     generator = np.random.default_rng(settings.seed)
     for step in range(settings.steps):
@@ -139,7 +137,7 @@ def _batches(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Iterator[Te
         last = len(stream_T) - window
         count = max(1, settings.tokens_per_step // window)
         anywhere = generator.integers(0, last, size=count)
-        at_story = generator.choice(starts[starts < last], size=count)
+        at_story = generator.choice(starts[1:][starts[1:] < last], size=count) - generator.integers(0, 2, size=count)
         begins = np.where(np.arange(count) % 2 == 0, at_story, anywhere)
         yield torch.from_numpy(np.stack([stream_T[begin : begin + window] for begin in begins]))
 

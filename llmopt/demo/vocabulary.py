@@ -65,7 +65,6 @@ TOWNS = words(
 )
 SETTINGS = words("in near above outside below beyond behind")
 LIVED = words("lived worked dwelt slept grew")
-NAMED = phrases("named | called")
 
 ADJECTIVES = words(
     "old young poor clever quiet brave tall honest lazy proud kind clumsy stubborn cheerful lonely patient wise shy "
