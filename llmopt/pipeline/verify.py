@@ -170,7 +170,7 @@ def agree(pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Agree
         kl += float(scores.kl.sum())
         agreeing += float(scores.agree.sum())
     return Agreement(
-        relative_error=(squared_error / squared_norm) ** 0.5,
+        relative_error=(squared_error / squared_norm if squared_norm else squared_error) ** 0.5,
         top1_agreement=agreeing / tokens,
         kl_divergence=max(0.0, kl / tokens),  # a rounding error may make it a hair negative
         tokens=tokens,

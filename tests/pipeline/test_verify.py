@@ -158,3 +158,10 @@ def test_equal_logits_agree_exactly() -> None:
     logits = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
     found = agree([(logits, logits)])
     assert (found.relative_error, found.top1_agreement, found.kl_divergence) == (0.0, 1.0, 0.0)
+
+
+def test_a_model_that_says_nothing_can_be_held_against_itself() -> None:
+    """Logits of 0, from a head of zeros: there is no norm to divide by."""
+    zeros = np.zeros((5, 7), np.float32)
+    assert agree([(zeros, zeros)]).relative_error == 0.0
+    assert agree([(zeros, zeros + 1)]).relative_error > 1
