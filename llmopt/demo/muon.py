@@ -1,8 +1,8 @@
 """Muon: momentum whose update is made orthogonal, so that no direction of a matrix learns much faster than others.
 
-K. Jordan and others, "Muon: An optimizer for hidden layers in neural networks", 2024. It finds the demo's attention to
-earlier names in a fraction of the steps that AdamW needs. torch has a Muon, which computes in bfloat16; processors
-without instructions for that format take longer for such a step than for the whole of the rest.
+K. Jordan and others, "Muon: An optimizer for hidden layers in neural networks", 2024. In short runs on the demo's
+stories it came closer to the oracle than AdamW did in as many steps. torch has a Muon too, which computes in bfloat16:
+processors without instructions for that format take longer for such a step than for all the rest.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """How a story of the demo is told.
 
 What is drawn decides what must follow: names, numbers and possessions come back later, pronouns and plurals agree.
-A model has to look back to know these words, which is what makes it sensitive to the precision of its weights.
+A model has to look back to know these words.
 """
 
 from collections.abc import Callable
