@@ -1,6 +1,7 @@
 """What every test can rely on: an environment of its own, no network, one thread, and a tiny model."""
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -24,6 +25,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A job in the background ignores Ctrl-C, and so would every program that a test starts in order to interrupt it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before any test file is read: huggingface_hub and torch look at the environment once, when they are imported.
     home = tempfile.TemporaryDirectory(prefix="llmopt-tests-")
     config.add_cleanup(home.cleanup)

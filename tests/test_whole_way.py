@@ -216,6 +216,14 @@ def test_a_stopped_run_leaves_no_artifact_and_can_be_run_again(llmopt, tmp_path,
     assert only_entry(tmp_path, "out")
 
 
+def test_products_that_this_machine_cannot_verify_are_refused_before_anything_is_written(llmopt, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmopt.pipeline.kernels.sums_in_32_bits", lambda: False)
+    ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--scheme", "w8a8", "--cpu", "vnni")
+    assert ended.code == 3
+    assert "--cpu any" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
 class TestBench:
     def test_an_artifact_against_itself_changes_nothing(self, llmopt, int4, tmp_path):
         folder = shutil.copytree(int4, tmp_path / "int4")

@@ -1,7 +1,7 @@
 """Text from an artifact in onnxruntime, or from a model in torch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ from llmopt.artifact import load_manifest
 from llmopt.engine.base import Engine, Logits
 from llmopt.engine.ort import OrtEngine
 from llmopt.errors import LlmoptError, UsageError
+from llmopt.export.genai import stop_tokens
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.families import spec_from_config
 from llmopt.model.json_file import read_object
 from llmopt.model.rotary import longest_sequence
-from llmopt.model.source import CONFIG, open_source
+from llmopt.model.source import CONFIG, GENERATION_CONFIG, open_source
 from llmopt.model.spec import ModelSpec
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.baseline import is_artifact
@@ -50,26 +51,30 @@ def generate(request: GenerateRequest, progress: Progress) -> Iterator[str]:
         LlmoptError: the model does not open, the prompt is empty or too long, or the logits are not finite.
     """
     with ExitStack() as stack:
-        engine, tokenizer, spec = open_engine(request, stack, progress)
+        engine, tokenizer, spec, generation = open_engine(request, stack, progress)
         ids = prompt_ids(request, tokenizer)
         longest = longest_sequence(spec)
         if len(ids) >= longest:
             raise UsageError(f"the prompt has {len(ids)} tokens, and the model reads {longest}", hint="shorten it")
         capacity = min(len(ids) + request.max_tokens, longest)
-        decoded = tokenizer.stream(ids)
+        decoded, stops = tokenizer.stream(ids), stop_tokens(spec, generation)
         for token in sample(engine, ids, capacity, request):
-            if token in spec.eos_token_ids:
+            if token in stops:
                 return
             yield decoded.push(token)
 
 
-def open_engine(request: GenerateRequest, stack: ExitStack, progress: Progress) -> tuple[Engine, Tokenizer, ModelSpec]:
-    """An artifact in onnxruntime, a model in torch."""
+def open_engine(
+    request: GenerateRequest, stack: ExitStack, progress: Progress
+) -> tuple[Engine, Tokenizer, ModelSpec, Mapping[str, Any]]:
+    """An artifact in onnxruntime, a model in torch; with what its generation_config.json says."""
     if is_artifact(request.model):
         folder = Path(request.model)
         check_runs_here(load_manifest(folder), where=request.model)
         config = read_object(folder / CONFIG)
-        return OrtEngine(folder, request.threads), Tokenizer.from_folder(folder), spec_from_config(config)
+        generation = folder / GENERATION_CONFIG
+        said = read_object(generation) if generation.is_file() else {}
+        return OrtEngine(folder, request.threads), Tokenizer.from_folder(folder), spec_from_config(config), said
     import torch  # noqa: PLC0415 (artifacts run without it)
 
     from llmopt.engine.torch import TorchEngine  # noqa: PLC0415 (likewise)
@@ -82,7 +87,8 @@ def open_engine(request: GenerateRequest, stack: ExitStack, progress: Progress) 
     if source.folder is None:
         source.write_tokenizer(folder)
     checkpoint = stack.enter_context(open_checkpoint(source))
-    return TorchEngine(source.spec, checkpoint), Tokenizer.from_folder(folder), source.spec
+    engine = TorchEngine(source.spec, checkpoint)
+    return engine, Tokenizer.from_folder(folder), source.spec, source.generation_config
 
 
 def prompt_ids(request: GenerateRequest, tokenizer: Tokenizer) -> list[int]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from llmopt.artifact import Manifest
-from llmopt.errors import ArtifactError, UsageError
+from llmopt.errors import ArtifactError, UnsupportedError, UsageError
 from llmopt.measure.host import describe_host
 from llmopt.pipeline.export import rounds_activations
 from llmopt.quantize.assign import Assignment
@@ -44,6 +44,19 @@ def engine_facts(assignments: Mapping[str, Assignment], cpu: Cpu) -> dict[str, A
     if not rounds_activations(assignments):
         return {}
     return {INT8_KERNEL: SIGNED if signed_int8(cpu) else UNSIGNED}
+
+
+def check_can_verify(assignments: Mapping[str, Assignment], cpu: Cpu) -> None:
+    """See that this machine can hold the export against what it should compute.
+
+    Raises:
+        UnsupportedError: it is asked for signed products, which would saturate here.
+    """
+    if cpu == "vnni" and not sums_in_32_bits() and rounds_activations(assignments):
+        raise UnsupportedError(
+            "int8 products for VNNI cannot be verified here: this CPU has none, and they would saturate",
+            hint="run this on a machine with VNNI, or use --cpu any",
+        )
 
 
 def check_runs_here(manifest: Manifest, *, where: str) -> None:

@@ -18,11 +18,12 @@ from llmopt.artifact import (
     write_manifest,
 )
 from llmopt.export.card import Card, card_text
+from llmopt.export.onnx.attention import require_heads
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
-from llmopt.pipeline.kernels import Cpu, engine_facts, signed_int8
+from llmopt.pipeline.kernels import Cpu, check_can_verify, engine_facts, signed_int8
 from llmopt.pipeline.verify import Verification
 from llmopt.progress import Progress, Silent
 from llmopt.quantize.assign import Assignment, Override, assign
@@ -100,7 +101,9 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
+    require_heads(source.spec)
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore)
+    check_can_verify(assignments, request.cpu)
     return Prepared(request=request, source=source, method=method, assignments=assignments)
 
 
