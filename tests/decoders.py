@@ -32,13 +32,11 @@ def write_decoder(
     saved: Saved,
     scheme_of: SchemeOf,
     windows: Sequence[TokenIds],
-    *,
-    signed_int8: bool = False,
 ) -> References:
     """Write model.onnx into the folder; gives the references, which ran on the windows."""
     parts = PartReader(spec, saved, assignments(spec, scheme_of), Rtn())
     references = References(spec, list(windows), rounds_activations=True)
-    with closing(DecoderGraph(folder, spec, signed_int8=signed_int8)) as graph:
+    with closing(DecoderGraph(folder, spec)) as graph:
         embedding = parts.embedding()
         graph.embedding(embedding.weights)
         references.embedding(embedding.weights)

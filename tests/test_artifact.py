@@ -271,7 +271,6 @@ def test_a_manifest_comes_back_as_it_was_written(out):
     write_artifact(
         out,
         {"model.onnx": b"graph", "onnx/weights.data": b"\0" * 1000, "report.json": b"{}", "README.md": b"card"},
-        engine={"opset": 21},
         overrides={"lm_head": "w8a16-g64-sym"},
         ignore=("model.layers.0.*",),
         seed=7,
@@ -299,7 +298,6 @@ def test_two_runs_write_the_same_bytes(tmp_path):
     [
         {"source": Source(name="demo", fingerprint="0" * 64)},
         {"format": "hf"},
-        {"engine": {"opset": 22}},
         {"scheme": "w8a8-channel-sym"},
         {"method": "rtn"},
         {"overrides": {"lm_head": "w8a16-g64-sym"}},

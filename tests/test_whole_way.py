@@ -108,7 +108,6 @@ class TestQuantize:
             (["--override", "lm_head"], "PATTERN=SCHEME"),
             (["--override", "lm_head=w8a16", "--override", "embed_tokens=w4a16"], "tied"),
             (["--format", "gguf"], "onnx"),
-            (["--cpu", "avx"], "vnni"),
             (["--shceme", "w8a16"], "--scheme"),
         ],
     )
@@ -216,30 +215,23 @@ def test_a_stopped_run_leaves_no_artifact_and_can_be_run_again(llmopt, tmp_path,
     assert only_entry(tmp_path, "out")
 
 
-def test_products_that_this_machine_cannot_verify_are_refused_before_anything_is_written(llmopt, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmopt.pipeline.kernels.sums_in_32_bits", lambda: False)
-    ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--scheme", "w8a8", "--cpu", "vnni")
-    assert ended.code == 3
-    assert "--cpu any" in ended.err
-    assert not list(tmp_path.iterdir())
-
-
 class TestBench:
     def test_an_artifact_against_itself_changes_nothing(self, llmopt, int4, tmp_path):
         folder = shutil.copytree(int4, tmp_path / "int4")
-        ended = llmopt(
-            "bench", folder, "--baseline", folder, "--json", *ACCURACY[:2], "--rounds", "2", "--threads", "1"
-        )
-        assert ended.code == 0
-        deltas = json.loads(ended.out)["candidates"][0]["deltas"]
-        for metric, delta in deltas.items():
-            if delta is None:
-                assert metric in {"kl_divergence", "top1_agreement"}
-            elif delta["low"] is None:
-                assert delta["relative"] == 0, metric
-            else:
-                assert delta["low"] <= 0 <= delta["high"], metric
-                assert delta["detectable"] is not None, metric
+        command = ["bench", folder, "--baseline", folder, "--json", *ACCURACY[:2], "--threads", "1"]
+        for seed in (0, 1):  # one interval in twenty is meant to miss
+            ended = llmopt(*command, "--rounds", "3", "--seed", seed)
+            assert ended.code == 0
+            deltas = json.loads(ended.out)["candidates"][0]["deltas"]
+            assert {name for name, delta in deltas.items() if delta is None} == {"kl_divergence", "top1_agreement"}
+            judged = {name: delta for name, delta in deltas.items() if delta is not None and delta["low"] is not None}
+            assert judged.keys() >= {"perplexity", "ttft_ms", "tpot_ms", "peak_rss_bytes"}
+            assert all(delta["detectable"] is not None for delta in judged.values())
+            assert judged["perplexity"]["low"] <= 0 <= judged["perplexity"]["high"]
+            missed = {name: delta for name, delta in judged.items() if not delta["low"] <= 0 <= delta["high"]}
+            if not missed:
+                return
+        pytest.fail(f"twice in a row: {missed}")
 
     def test_the_artifact_keeps_what_was_measured_and_stays_whole(self, llmopt, int4, tmp_path):
         folder = shutil.copytree(int4, tmp_path / "int4")

@@ -51,12 +51,11 @@ class FileEntry:
 class Manifest:
     """Everything that determines an artifact, and what came of it.
 
-    `engine` holds facts that opening it needs; `files` maps a name relative to the folder, with forward slashes.
+    `files` maps a name relative to the folder, with forward slashes.
     """
 
     source: Source
     format: str
-    engine: Mapping[str, Any] = field(default_factory=dict)
     scheme: str | None = None
     method: str | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)

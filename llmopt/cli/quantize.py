@@ -61,14 +61,6 @@ def quantize(
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="What to write: onnx, for onnxruntime and its genai.")
     ] = "onnx",
-    cpu: Annotated[
-        str,
-        typer.Option(
-            "--cpu",
-            metavar="KIND",
-            help="CPUs to write int8 products for: vnni (faster, and refused elsewhere), any, or auto, as this one is.",
-        ),
-    ] = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
@@ -95,7 +87,6 @@ def quantize(
     overrides = tuple(map(parse_override, override or ()))
     check_method(method)
 
-    from llmopt.pipeline.kernels import parse_cpu
     from llmopt.pipeline.quantize import QuantizeRequest
 
     request = QuantizeRequest(
@@ -105,7 +96,6 @@ def quantize(
         method=method,
         overrides=overrides,
         ignore=tuple(ignore or ()),
-        cpu=parse_cpu(cpu),
         revision=revision,
         trust_remote_code=trust_remote_code,
         seed=seed or 0,

@@ -12,9 +12,15 @@ from llmopt.errors import ArtifactError, UsageError
 
 GRAPH = "model.onnx"
 
+# A constant of our graphs, int64 [logits]: which of the new tokens get logits. It holds -1, the last that is no
+# padding: all that is needed to generate. Protocol buffers merge messages that are written one behind the other, so a
+# graph file with these bytes behind it is the same graph with the constant as an input, which may be fed.
+LOGITS_AT = "logits_at"
+AS_INPUT = b":\x1fZ\x1d\n\tlogits_at\x12\x10\n\x0e\x08\x07\x12\n\n\x08\x12\x06logits"
+
 
 def open_session(graph: Path, threads: int, *, fold_constants: bool = True) -> onnxruntime.InferenceSession:
-    """Open a graph on the CPU.
+    """Open a graph on the CPU; one of ours with `LOGITS_AT` as an input that may be fed.
 
     Raises:
         ArtifactError: onnxruntime cannot open it.
@@ -22,10 +28,16 @@ def open_session(graph: Path, threads: int, *, fold_constants: bool = True) -> o
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
     disabled = None if fold_constants else ["ConstantFolding"]
+    content = graph.read_bytes()
+    ours = LOGITS_AT.encode() in content
     try:
         return onnxruntime.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            content + AS_INPUT if ours else str(graph),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=disabled,
         )
     # onnxruntime's own exceptions derive from Exception alone; all of them mean that the graph does not open.
     except Exception as error:
@@ -53,6 +65,7 @@ class OrtEngine:
             raise ArtifactError("the graph is not a decoder with a KV cache", where=str(graph))
         _, self.kv_heads, _, self.head_dim = inputs[self.past_names[0]].shape
         self.present_names = [name.replace("past_key_values.", "present.") for name in self.past_names]
+        self.selects_logits = any(node.name == LOGITS_AT for node in self.session.get_overridable_initializers())
         logits = next(node for node in self.session.get_outputs() if node.name == "logits")
         self.vocab_size: int = logits.shape[-1]
 
@@ -63,6 +76,8 @@ class OrtEngine:
         feed: dict[str, Any] = dict.fromkeys(self.past_names, empty)
         feed["input_ids"] = ids_BT
         feed["attention_mask"] = np.ones((batch, tokens), np.int64)
+        if self.selects_logits:
+            feed[LOGITS_AT] = np.arange(tokens)
         return cast("Logits", self.session.run(["logits"], feed)[0])
 
     def stream(self, capacity: int) -> "OrtStream":

@@ -10,7 +10,6 @@ from llmopt.errors import ArtifactError
 from llmopt.measure.host import versions
 from llmopt.model.source import open_source
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
-from llmopt.pipeline.kernels import check_runs_here
 from llmopt.pipeline.quantize import source_entry
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
@@ -37,7 +36,7 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
         LlmoptError: the model is not there, not supported or damaged, or the disk is full.
     """
     if is_artifact(model):
-        check_runs_here(load_manifest(Path(model)), where=model)
+        load_manifest(Path(model))
         return Path(model)
     source = open_source(model, revision=revision, progress=progress)
     names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]

@@ -35,7 +35,6 @@ class Export:
     method: Method | None
     seed: int
     threads: int
-    signed_int8: bool = False  # write int8 products for CPUs with VNNI; see `llmopt.export.onnx.graph.Graph`
 
     @property
     def spec(self) -> ModelSpec:
@@ -64,7 +63,7 @@ def write_graph(job: Export, folder: Path, references: References, progress: Pro
     spec = job.spec
     layers: list[LayerResult] = []
     with (
-        closing(DecoderGraph(folder, spec, signed_int8=job.signed_int8)) as graph,
+        closing(DecoderGraph(folder, spec)) as graph,
         open_checkpoint(job.source) as checkpoint,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):

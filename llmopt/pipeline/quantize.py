@@ -23,7 +23,6 @@ from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
-from llmopt.pipeline.kernels import Cpu, check_can_verify, engine_facts, signed_int8
 from llmopt.pipeline.verify import Verification
 from llmopt.progress import Progress, Silent
 from llmopt.quantize.assign import Assignment, Override, assign
@@ -43,7 +42,6 @@ class QuantizeRequest:
     method: str = "rtn"
     overrides: tuple[Override, ...] = ()
     ignore: tuple[str, ...] = ()
-    cpu: Cpu = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
@@ -71,7 +69,6 @@ class Prepared:
         return Manifest(
             source=source_entry(self.source),
             format=FORMAT,
-            engine=engine_facts(self.assignments, request.cpu),
             scheme=request.scheme.name,
             method=self.method.name,
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
@@ -103,7 +100,6 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     )
     require_heads(source.spec)
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore)
-    check_can_verify(assignments, request.cpu)
     return Prepared(request=request, source=source, method=method, assignments=assignments)
 
 
@@ -128,7 +124,6 @@ def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
         method=prepared.method,
         seed=request.seed,
         threads=request.threads,
-        signed_int8=signed_int8(request.cpu),
     )
     check_free_disk(request.output.parent, prepared.estimated_bytes)
     with staged(request.output, force=request.force) as folder:

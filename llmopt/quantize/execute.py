@@ -34,4 +34,4 @@ def round_rows(x: Tensor) -> Tensor:
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
     step = ((high - low) / TOP).clamp_min(SMALLEST_STEP)
     shift = (low / step).round()
-    return ((x / step - shift).round().clamp(0, TOP) + shift) * step
+    return (((x / step).round() - shift).clamp(0, TOP) + shift) * step

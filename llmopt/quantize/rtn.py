@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmopt.quantize.grid import asymmetric_grid, grouped, quantize_to, symmetric_scales
+from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
@@ -25,6 +26,8 @@ class Rtn:
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32. `inputs` is not used: rounding looks at the weight alone."""
+        if scheme.activation_bits == 8:
+            return quantize_rows(weight_OI, scheme)
         groups_OGS = grouped(weight_OI, scheme.group_size)
         steps = self.clip_steps if scheme.bits < 8 else 1
         shrinks = [1 - self.clip_range * step / steps for step in range(steps)]

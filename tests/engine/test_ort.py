@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from llmopt.engine.ort import OrtEngine, open_session
+from llmopt.engine.base import TokenIds
+from llmopt.engine.ort import AS_INPUT, LOGITS_AT, OrtEngine, open_session
 from llmopt.errors import ArtifactError, UsageError
 from llmopt.export.onnx.graph import Graph
 from tests.decoders import write_decoder
@@ -135,3 +137,48 @@ def test_a_graph_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
     graph.save("0")
     with pytest.raises(ArtifactError, match="not a decoder"):
         OrtEngine(tmp_path, threads=1)
+
+
+def plain_session(folder: Path) -> onnxruntime.InferenceSession:
+    """The artifact as others open it, who know nothing of `LOGITS_AT`."""
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+
+
+def plain_feed(engine: OrtEngine, ids_BT: TokenIds, mask_BT: TokenIds) -> dict[str, object]:
+    empty = np.zeros((len(ids_BT), engine.kv_heads, 0, engine.head_dim), np.float32)
+    return dict.fromkeys(engine.past_names, empty) | {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+
+def test_other_programs_get_the_logits_of_the_last_token(folder: Path, engine: OrtEngine) -> None:
+    feed = plain_feed(engine, IDS[None], np.ones((1, 24), np.int64))
+    (last,) = plain_session(folder).run(["logits"], feed)
+    np.testing.assert_allclose(last, engine.logits(IDS[None])[:, -1:], atol=1e-5)
+
+
+def test_of_a_padded_row_it_is_the_last_token_that_is_no_padding(folder: Path, engine: OrtEngine) -> None:
+    ids, mask = np.stack([IDS[:12], IDS[12:]]), np.ones((2, 12), np.int64)
+    mask[1, 7:] = 0
+    (last,) = plain_session(folder).run(["logits"], plain_feed(engine, ids, mask))
+    for row, length in enumerate((12, 7)):
+        np.testing.assert_allclose(last[row, 0], engine.logits(ids[row : row + 1, :length])[0, -1], atol=1e-4)
+
+
+def test_what_makes_the_constant_an_input_is_what_onnx_would_write() -> None:
+    model = onnx.ModelProto()
+    model.graph.input.append(onnx.helper.make_tensor_value_info(LOGITS_AT, TensorProto.INT64, ["logits"]))
+    assert model.SerializeToString() == AS_INPUT
+
+
+def test_a_decoder_that_others_wrote_gives_all_its_logits(folder: Path, engine: OrtEngine, tmp_path: Path) -> None:
+    """As onnxruntime-genai's builder writes them: the head reads every token."""
+    model = onnx.load(folder / "model.onnx")
+    (gather,) = (node for node in model.graph.node if node.op_type == "GatherND")
+    for node in model.graph.node:
+        node.input[:] = [gather.input[0] if name == gather.output[0] else name for name in node.input]
+    kept = [node for node in model.graph.node if not node.name.startswith("logits/")]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    (constant,) = (tensor for tensor in model.graph.initializer if tensor.name == LOGITS_AT)
+    model.graph.initializer.remove(constant)
+    onnx.save(model, tmp_path / "model.onnx")
+    np.testing.assert_array_equal(OrtEngine(tmp_path, threads=1).logits(IDS[None]), engine.logits(IDS[None]))

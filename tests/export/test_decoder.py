@@ -79,11 +79,11 @@ class Written:
         return onnx.load(self.folder / "model.onnx", load_external_data=False).graph
 
 
-def write(folder: Path, case: str, schemes: str, *, signed_int8: bool = False) -> Written:
+def write(folder: Path, case: str, schemes: str) -> Written:
     torch.set_num_threads(1)
     spec = spec_of(CASES[case])
     saved = random_weights(spec)
-    references = write_decoder(folder, spec, saved, SCHEMES[schemes], list(IDS_BT), signed_int8=signed_int8)
+    references = write_decoder(folder, spec, saved, SCHEMES[schemes], list(IDS_BT))
     return Written(folder, schemes, spec, references)
 
 
@@ -190,15 +190,6 @@ def place_of(tensor: TensorProto) -> tuple[int, int]:
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-
-
-@pytest.mark.parametrize("case", ["llama", "gpt2"])
-def test_signed_int8_codes_mean_the_same(case: str, tmp_path: Path) -> None:
-    written = write(tmp_path, case, "w8a8", signed_int8=True)
-    codes = [tensor for tensor in written.graph().initializer if tensor.name.endswith(".codes")]
-    assert {tensor.data_type for tensor in codes} == {TensorProto.INT8}
-    expected = logits_of(written.references.exact)
-    assert relative_error(written.engine().logits(IDS_BT), expected) < FLOAT32_INT8
 
 
 @pytest.mark.parametrize("case", CASES)

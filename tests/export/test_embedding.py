@@ -37,8 +37,8 @@ def as_float(table: Tensor | QuantizedWeight) -> np.ndarray:
     return (table.dequantize() if isinstance(table, QuantizedWeight) else table).numpy()
 
 
-def new_graph(folder: Path, width: int, *, signed_int8: bool = False) -> Graph:
-    graph = Graph(folder, signed_int8=signed_int8)
+def new_graph(folder: Path, width: int) -> Graph:
+    graph = Graph(folder)
     graph.input("input_ids", TensorProto.INT64, ["batch", "tokens"])
     graph.input("x", TensorProto.FLOAT, ["batch", "tokens", width])
     return graph
@@ -54,13 +54,6 @@ def test_tokens_are_the_rows_that_the_table_stands_for(tmp_path: Path, scheme: s
     graph, table = new_graph(tmp_path, width), table_of(scheme, width)
     hidden, _ = emit_embedding(graph, embedding(width), table)
     (rows,) = open_graph(graph, [hidden]).run([hidden], {"input_ids": IDS, "x": np.zeros((1, 1, width), np.float32)})
-    np.testing.assert_array_equal(rows, as_float(table)[IDS])
-
-
-def test_signed_codes_are_the_same_rows(tmp_path: Path) -> None:
-    graph, table = new_graph(tmp_path, 72, signed_int8=True), table_of("w8a8", 72)
-    hidden, _ = emit_embedding(graph, embedding(72), table)
-    (rows,) = open_graph(graph, [hidden]).run([hidden], {"input_ids": IDS, "x": np.zeros((1, 1, 72), np.float32)})
     np.testing.assert_array_equal(rows, as_float(table)[IDS])
 
 

@@ -1,5 +1,6 @@
 """Integer products: a range for each token, exact sums, and nothing that depends on the other tokens."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from llmopt.export.onnx.graph import GRAPH_FILE, Graph
 from llmopt.export.onnx.int8 import int8_product, write_columns
 from llmopt.model.spec import Linear
 from llmopt.quantize.execute import quantized_apply
+from llmopt.quantize.int8 import LARGEST_SUM
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight
@@ -36,12 +38,9 @@ def random_tokens(batch: int = 3, tokens: int = 5) -> Array:
     return x
 
 
-def product_session(
-    folder: Path, weight: QuantizedWeight, *, signed_int8: bool = False
-) -> onnxruntime.InferenceSession:
+def product_session(folder: Path, weight: QuantizedWeight) -> onnxruntime.InferenceSession:
     """y; and the codes of x, with each token's step and what its codes are shifted by."""
-    folder.mkdir(exist_ok=True)
-    graph = Graph(folder, signed_int8=signed_int8)
+    graph = Graph(folder)
     graph.input("x", TensorProto.FLOAT, ["batch", "tokens", WIDTH])
     y = int8_product(graph, "x", "up", write_columns(graph, "up", weight))
     kinds = dict.fromkeys((y, "x/step", "x/shift"), TensorProto.FLOAT)
@@ -56,6 +55,7 @@ def reference(x: Array, weight: QuantizedWeight) -> Array:
 def test_every_token_has_256_codes_over_a_range_of_its_own(tmp_path: Path) -> None:
     x = random_tokens()
     _, step, shift, codes = product_session(tmp_path, random_weight()).run(None, {"x": x})
+    x = x.reshape(-1, WIDTH)
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
     np.testing.assert_allclose(step, (high - low) / 255, rtol=1e-6)
     np.testing.assert_array_equal(shift, np.round(low / step))
@@ -76,10 +76,10 @@ def test_a_token_alone_is_what_it_is_among_others(tmp_path: Path) -> None:
     x = random_tokens()
     session = product_session(tmp_path, random_weight())
     whole = session.run(None, {"x": x})
-    for batch, token in np.ndindex(3, 5):
+    for index, (batch, token) in enumerate(np.ndindex(3, 5)):
         alone = session.run(None, {"x": x[batch : batch + 1, token : token + 1]})
         for value, among in zip(alone, whole, strict=True):
-            np.testing.assert_array_equal(value[0, 0], among[batch, token])
+            np.testing.assert_array_equal(value.reshape(-1), among.reshape(15, -1)[index])
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
@@ -97,56 +97,39 @@ def test_halves_fall_as_they_do_in_the_reference(tmp_path: Path) -> None:
     assert relative_error(y, reference(x, weight)) < 1e-6
 
 
-def extreme_weight(largest: int) -> QuantizedWeight:
-    """Random codes up to `largest` from the middle, in every channel."""
+def test_sums_are_exact_at_the_ends_of_what_pairs_may_be(tmp_path: Path) -> None:
+    """Codes of 255 against pairs that add up to 128, where a 16-bit sum just holds."""
     generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(128 - largest, 128 + largest, (CHANNELS, WIDTH), generator=generator, dtype=torch.uint8)
-    codes[0], codes[1] = 128 + largest - 1, 128 - largest
+    first = torch.randint(-128, 128, (CHANNELS, WIDTH // 2), generator=generator)
+    most = torch.where(first < 0, -LARGEST_SUM - first, (LARGEST_SUM - first).clamp_max(127))
+    codes = (torch.stack([first, most], -1).flatten(1) + 128).to(torch.uint8)
     scales = torch.full((CHANNELS, 1), 0.01)
-    return QuantizedWeight(scheme=parse_scheme("w8a8"), codes_OI=codes, scales_OG=scales, zero_points_OG=None)
-
-
-def extreme_tokens() -> Array:
-    """Zeros and ones, whose codes are 0 and 255, and mostly ones."""
+    weight = QuantizedWeight(scheme=parse_scheme("w8a8"), codes_OI=codes, scales_OG=scales, zero_points_OG=None)
+    # Zeros and ones, whose codes are 0 and 255, and mostly ones.
     x: Array = (np.random.default_rng(2).random((2, 9, WIDTH)) < 0.8).astype(np.float32)
-    return x
-
-
-def test_unsigned_codes_are_exact_at_their_ends(tmp_path: Path) -> None:
-    """Sums of two neighbouring products reach 2 * 255 * 128, which 16 bits do not hold."""
-    weight, x = extreme_weight(128), extreme_tokens()
     y = product_session(tmp_path, weight).run(None, {"x": x})[0]
     np.testing.assert_allclose(y, x @ weight.dequantize().numpy().T, rtol=0, atol=2e-4)
 
 
-def test_signed_codes_that_cannot_saturate_give_the_same(tmp_path: Path) -> None:
-    """Sums of two neighbouring products stay below 2**15: 2 * 255 * 64 = 32640."""
-    weight, x = extreme_weight(64), extreme_tokens()
-    signed = product_session(tmp_path / "signed", weight, signed_int8=True).run(None, {"x": x})[0]
-    unsigned = product_session(tmp_path / "unsigned", weight).run(None, {"x": x})[0]
-    np.testing.assert_allclose(signed, unsigned, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(signed, x @ weight.dequantize().numpy().T, rtol=0, atol=2e-4)
+def test_codes_that_could_saturate_are_not_written(tmp_path: Path) -> None:
+    codes = torch.full((CHANNELS, WIDTH), 255, dtype=torch.uint8)
+    scales = torch.ones((CHANNELS, 1))
+    weight = QuantizedWeight(scheme=parse_scheme("w8a8"), codes_OI=codes, scales_OG=scales, zero_points_OG=None)
+    graph = Graph(tmp_path)
+    with closing(graph.data), pytest.raises(AssertionError, match="saturate"):
+        write_columns(graph, "up", weight)
 
 
-@pytest.mark.parametrize(
-    ("signed", "dtype", "zero"), [(True, np.int8, 0), (False, np.uint8, 128)], ids=["signed", "unsigned"]
-)
-def test_codes_are_written_column_by_column_for_the_kernel_they_are_meant_for(
-    tmp_path: Path, signed: bool, dtype: type, zero: int
-) -> None:
+def test_codes_are_written_column_by_column(tmp_path: Path) -> None:
     weight = random_weight()
-    product_session(tmp_path, weight, signed_int8=signed)
+    product_session(tmp_path, weight)
     model = onnx.load(tmp_path / GRAPH_FILE)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     codes = stored["up.codes"]
-    assert codes.dtype == dtype
-    np.testing.assert_array_equal(codes.astype(int).T - zero, weight.codes_OI.numpy().astype(int) - 128)
+    assert codes.dtype == np.int8
+    np.testing.assert_array_equal(codes.astype(int).T, weight.codes_OI.numpy().astype(int) - 128)
     np.testing.assert_array_equal(stored["up.scales"], weight.scales_OG[:, 0].numpy())
-    np.testing.assert_allclose(stored["up.sums"], weight.dequantize().double().sum(1).numpy(), rtol=1e-5)
-    (node,) = (node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat")
-    assert stored[node.input[5]] == zero
-    assert stored[node.input[5]].dtype == dtype
-    assert stored[node.input[4]] == 0
+    np.testing.assert_allclose(stored["up.sums"][0], weight.dequantize().double().sum(1).numpy(), rtol=1e-5)
 
 
 def test_products_of_one_input_share_its_codes(tmp_path: Path) -> None:

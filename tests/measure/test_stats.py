@@ -79,7 +79,7 @@ def calls(rng, rounds, slower=1.0, drift=0.0):
     return slower * np.exp(process + rng.normal(0, 0.03, (rounds, 8)) + hiccup)
 
 
-@pytest.mark.parametrize("rounds", [4, 8])
+@pytest.mark.parametrize("rounds", [2, 3, 4, 8])
 def test_the_ratio_interval_holds_the_truth_even_when_the_machine_drifts(rounds, monkeypatch):
     monkeypatch.setattr(stats, "ROUND_RESAMPLES", 800)
     rng = np.random.default_rng(rounds)

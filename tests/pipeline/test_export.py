@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime_genai
 import pytest
 import torch
@@ -19,8 +18,7 @@ from llmopt.engine.torch import TorchEngine
 from llmopt.errors import ModelError, UnsupportedError
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import open_source
-from llmopt.pipeline.export import Export, estimated_bytes, export, rounds_activations, write_graph
-from llmopt.pipeline.verify import References
+from llmopt.pipeline.export import Export, estimated_bytes, export, rounds_activations
 from llmopt.progress import Silent
 from llmopt.quantize.rtn import Rtn
 from tests.decoders import assignments
@@ -155,16 +153,6 @@ def test_heads_without_a_kernel_are_refused(tiny_llama: Path, tmp_path: Path, ou
     with pytest.raises(UnsupportedError, match="heads of 12 channels"):
         export(replace(job, source=source), output, Silent())
     assert not (output / "model.onnx.data").exists()
-
-
-@pytest.mark.parametrize(("signed", "kind"), [(True, onnx.TensorProto.INT8), (False, onnx.TensorProto.UINT8)])
-def test_int8_products_are_written_for_the_processors_that_were_asked_for(
-    tiny_llama: Path, output: Path, signed: bool, kind: int
-) -> None:
-    job = replace(job_for(tiny_llama, "w8a8"), signed_int8=signed)
-    write_graph(job, output, References(job.spec, [IDS], rounds_activations=True), Silent())
-    initializers = onnx.load(output / "model.onnx", load_external_data=False).graph.initializer
-    assert {tensor.data_type for tensor in initializers if tensor.name.endswith(".codes")} == {kind}
 
 
 def test_progress_counts_every_part(tiny_llama: Path, output: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from llmopt.engine.ort import LOGITS_AT
 from llmopt.export.onnx.attention import AttentionWriter, require_heads
 from llmopt.export.onnx.embedding import emit_embedding, emit_tied_head
 from llmopt.export.onnx.graph import MICROSOFT, Graph
@@ -27,10 +28,10 @@ class DecoderGraph:
         UnsupportedError: onnxruntime has no kernel for the model's attention.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec, *, signed_int8: bool = False) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
         require_heads(spec)
         self.spec = spec
-        self.graph = Graph(folder, signed_int8=signed_int8)
+        self.graph = Graph(folder)
         self.residual = ""  # the sum so far
         self.branch: str | None = None  # what is to be added to it by the next norm
         self.table: tuple[str, ...] = ()  # the embedding's tensors, which a tied head reads too
@@ -42,6 +43,7 @@ class DecoderGraph:
         graph, attention = self.graph, self.spec.blocks[0].attention
         graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
         graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
+        graph.tokens = graph.node("Shape", ["input_ids"], "tokens")
         cache = (attention.kv_heads, attention.head_dim)
         for index in range(len(self.spec.blocks)):
             for kind in ("key", "value"):
@@ -106,18 +108,26 @@ class DecoderGraph:
                 return self.graph.node("Relu", [x], name)
 
     def head(self, weights: Weights) -> None:
-        """Final norm and logits."""
+        """Final norm and logits, of those tokens alone that are asked for."""
+        graph = self.graph
         x = self._add_and_norm(self.spec.final_norm, weights)
+        x = graph.node(
+            "GatherND",
+            [x, self.positions.of_logits(graph.constant(np.array([-1], np.int64), LOGITS_AT))],
+            "logits/hidden",
+            batch_dims=1,
+        )
+        graph.tokens = None
         head = product(self.spec.head, weights)
         tied = self.spec.tied
-        logits = emit_tied_head(self.graph, x, head, self.table) if tied else emit(self.graph, x, head)
-        self.graph.node("Identity", [logits], "logits", outputs=["logits"])
+        logits = emit_tied_head(graph, x, head, self.table) if tied else emit(graph, x, head)
+        graph.node("Identity", [logits], "logits", outputs=["logits"])
 
     def save(self, version: str) -> onnx.ModelProto:
         """Write the graph beside its data."""
         attention = self.spec.blocks[0].attention
-        shape: list[int | str] = ["batch_size", "sequence_length", self.spec.vocab_size]
-        self.graph.output("logits", TensorProto.FLOAT, shape)
+        # By the 1 onnxruntime-genai sees that it need not look for the last token.
+        self.graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, self.spec.vocab_size])
         cache: list[int | str] = ["batch_size", attention.kv_heads, "total_sequence_length", attention.head_dim]
         for index in range(len(self.spec.blocks)):
             for kind in ("key", "value"):

@@ -5,7 +5,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from llmopt.export.onnx.graph import MICROSOFT, Graph
-from llmopt.export.onnx.int8 import code_of_zero, int8_product, write_columns
+from llmopt.export.onnx.int8 import int8_product, write_columns
 from llmopt.export.onnx.linear import Product, add_bias, matmul_nbits, write_blocks
 from llmopt.model.spec import Embedding
 from llmopt.quantize.pack import block_size
@@ -54,9 +54,7 @@ def gather_channels(graph: Graph, embedding: Embedding, table: QuantizedWeight) 
     steps = graph.node("Gather", [scales, "input_ids"], f"{embedding.name}/steps", axis=0)
     steps = graph.node("Unsqueeze", [steps, graph.constant(np.array([-1], np.int64))], f"{embedding.name}/steps_column")
     values = graph.node("Cast", [rows], f"{embedding.name}/values", to=TensorProto.FLOAT)
-    zero = graph.node("Cast", [code_of_zero(graph)], f"{embedding.name}/zero", to=TensorProto.FLOAT)
-    centered = graph.node("Sub", [values, zero], f"{embedding.name}/centered")
-    return graph.node("Mul", [centered, steps], embedding.name), tensors
+    return graph.node("Mul", [values, steps], embedding.name), tensors
 
 
 def emit_tied_head(graph: Graph, x: str, head: Product, tensors: tuple[str, ...]) -> str:

@@ -55,22 +55,17 @@ def entry(name: str, shape: Sequence[int], kind: int, place: dict[str, int]) -> 
 
 
 class Graph:
-    """Nodes and tensors. Every method that computes gives the name of its (first) output.
+    """Nodes and tensors. Every method that computes gives the name of its (first) output."""
 
-    `signed_int8` says which kernel int8 products are written for. Signed weights are up to twice as fast on CPUs with
-    VNNI, but x86 CPUs without it add the products of two neighbouring channels in 16 bits, which saturate; unsigned
-    ones are widened first and are exact everywhere.
-    """
-
-    def __init__(self, folder: Path, *, signed_int8: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.signed_int8 = signed_int8
         self.values: set[str] = set()
         self.data = DataFile(folder)
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.tokens: str | None = None  # int64 [batch, tokens] of what is being computed, if it was said
 
     def node(
         self,
@@ -102,10 +97,10 @@ class Graph:
         self.tensors[name] = entry(name, shape, original.data_type, place)
         return name
 
-    def constant(self, value: NDArray[Any] | np.generic) -> str:
-        """A small tensor inside the graph file; equal ones are shared."""
+    def constant(self, value: NDArray[Any] | np.generic, name: str | None = None) -> str:
+        """A small tensor inside the graph file; equal ones without a name are shared."""
         array = np.asarray(value)
-        name = f"constant/{array.dtype}{list(array.shape)}/{'_'.join(map(str, array.ravel().tolist()))}"
+        name = name or f"constant/{array.dtype}{list(array.shape)}/{'_'.join(map(str, array.ravel().tolist()))}"
         self.tensors.setdefault(name, numpy_helper.from_array(array, name))
         return name
 

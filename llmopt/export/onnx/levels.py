@@ -31,20 +31,32 @@ def _in_float32(node: NodeProto, *, integers: bool) -> list[NodeProto]:
                     attribute.i = 0
             return [node]
         case "QuantizeLinear" if not integers:
-            return [helper.make_node("Identity", node.input[:1], node.output, name=node.name)]
+            return _unrounded(node)
         case "MatMulIntegerToFloat" if not integers:
             return _float_product(node)
     return [node]
 
 
+def _unrounded(node: NodeProto) -> list[NodeProto]:
+    """x / step + zero, both [tokens], without rounding."""
+    x, step, zero = node.input
+    name = node.name
+    return [
+        helper.make_node("Cast", [zero], [f"{name}/zeros"], to=onnx.TensorProto.FLOAT),
+        # Tokens last: [tokens] then stands beside [in, tokens].
+        helper.make_node("Transpose", [x], [f"{name}/turned"], perm=[1, 0]),
+        helper.make_node("Div", [f"{name}/turned", step], [f"{name}/scaled"]),
+        helper.make_node("Add", [f"{name}/scaled", f"{name}/zeros"], [f"{name}/shifted"]),
+        helper.make_node("Transpose", [f"{name}/shifted"], node.output, name=name, perm=[1, 0]),
+    ]
+
+
 def _float_product(node: NodeProto) -> list[NodeProto]:
-    """x (codes - zero) times the scales. As DequantizeLinear, onnxruntime would make an int8 product of it again."""
-    x, codes, _, scales, _, zero = node.input
+    """x codes times the scales. As DequantizeLinear, onnxruntime would make an int8 product of it again."""
+    x, codes, _, scales, _, _ = node.input
     name = node.name
     return [
         helper.make_node("Cast", [codes], [f"{name}/codes"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("Cast", [zero], [f"{name}/zero"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("Sub", [f"{name}/codes", f"{name}/zero"], [f"{name}/centered"]),
-        helper.make_node("MatMul", [x, f"{name}/centered"], [f"{name}/unscaled"]),
+        helper.make_node("MatMul", [x, f"{name}/codes"], [f"{name}/unscaled"]),
         helper.make_node("Mul", [f"{name}/unscaled", scales], node.output, name=name),
     ]

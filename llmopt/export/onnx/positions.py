@@ -18,8 +18,8 @@ class Positions:
         ones = graph.node(
             "ReduceSum", ["attention_mask", graph.constant(np.array([1], np.int64))], "mask/sum", keepdims=0
         )
-        last = graph.node("Sub", [ones, graph.constant(np.int64(1))], "mask/last")
-        self.last_int32 = graph.node("Cast", [last], "mask/last_int32", to=TensorProto.INT32)
+        self.last = graph.node("Sub", [ones, graph.constant(np.int64(1))], "mask/last")
+        self.last_int32 = graph.node("Cast", [self.last], "mask/last_int32", to=TensorProto.INT32)
         shape = graph.node("Shape", ["attention_mask"], "mask/shape")
         self.length = graph.node("Gather", [shape, graph.constant(np.int64(1))], "mask/length", axis=0)
         self.length_int32 = graph.node("Cast", [self.length], "mask/length_int32", to=TensorProto.INT32)
@@ -32,6 +32,20 @@ class Positions:
             count = graph.node("Gather", [shape, graph.constant(np.array([1], np.int64))], "positions/count", axis=0)
             self._first = graph.node("Sub", [self.length, count], "positions/first")
         return self._first
+
+    def of_logits(self, asked: str) -> str:
+        """Indices for GatherND, int64 [batch, logits, 1]: those asked for, or of each row the last that is no padding.
+
+        `asked` is int64 [logits], the same for all rows; -1 stands for the last.
+        """
+        graph, axis = self.graph, self.graph.constant(np.array([-1], np.int64))
+        ours = graph.node("Sub", [self.last, self.first()], "logits/last_in_mask")
+        # In decoding, rows shorter than others have their new token behind a gap in the mask.
+        ours = graph.node("Max", [ours, graph.constant(np.int64(0))], "logits/last")
+        ours = graph.node("Unsqueeze", [ours, axis], "logits/last_column")
+        default = graph.node("Less", [asked, graph.constant(np.int64(0))], "logits/default")
+        indices = graph.node("Where", [default, ours, asked], "logits/indices")
+        return graph.node("Unsqueeze", [indices, axis], "logits/at")
 
     def rows(self, offset: int) -> str:
         """For each new token its position plus an offset: its row in a table of learned positions."""
