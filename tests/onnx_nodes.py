@@ -1,15 +1,18 @@
 """Run a few nodes in onnxruntime."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from llmopt.engine.ort import open_session
 from llmopt.export.onnx.graph import GRAPH_FILE, IR_VERSION, MICROSOFT, OPSET, Graph
+from llmopt.export.onnx.levels import in_float32
 
 Array = NDArray[Any]
 OPSETS = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
@@ -39,7 +42,13 @@ def open_graph(graph: Graph, outputs: Mapping[str, int] | Sequence[str]) -> onnx
     for name, kind in kinds.items():
         graph.outputs.append(helper.make_tensor_value_info(name, kind, None))
     graph.save("0")
-    return open_session(graph.folder / GRAPH_FILE, threads=1)
+    return open_session(graph.folder / GRAPH_FILE, graph.folder, threads=1)
+
+
+def float32_session(folder: Path) -> onnxruntime.InferenceSession:
+    """The graph in a folder with activations in float32."""
+    twin = in_float32(onnx.load(folder / GRAPH_FILE, load_external_data=False))
+    return open_session(twin.SerializeToString(), folder, threads=1)
 
 
 def relative_error(actual: Array, expected: Array) -> float:

@@ -19,8 +19,8 @@ LOGITS_AT = "logits_at"
 AS_INPUT = b":\x1fZ\x1d\n\tlogits_at\x12\x10\n\x0e\x08\x07\x12\n\n\x08\x12\x06logits"
 
 
-def open_session(graph: Path, threads: int, *, fold_constants: bool = True) -> onnxruntime.InferenceSession:
-    """Open a graph on the CPU; one of ours with `LOGITS_AT` as an input that may be fed.
+def open_session(graph: Path | bytes, folder: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Open a graph, a file or what would be in one, whose data lies in `folder`, on the CPU.
 
     Raises:
         ArtifactError: onnxruntime cannot open it.
@@ -28,36 +28,34 @@ def open_session(graph: Path, threads: int, *, fold_constants: bool = True) -> o
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    disabled = None if fold_constants else ["ConstantFolding"]
-    content = graph.read_bytes()
-    ours = LOGITS_AT.encode() in content
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    content = graph if isinstance(graph, bytes) else str(graph)
     try:
-        return onnxruntime.InferenceSession(
-            content + AS_INPUT if ours else str(graph),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=disabled,
-        )
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     # onnxruntime's own exceptions derive from Exception alone; all of them mean that the graph does not open.
     except Exception as error:
-        raise ArtifactError(f"onnxruntime cannot open the graph: {error}", where=str(graph)) from error
+        where = str(folder if isinstance(graph, bytes) else graph)
+        raise ArtifactError(f"onnxruntime cannot open the graph: {error}", where=where) from error
+
+
+def selectable(graph: Path) -> Path | bytes:
+    """One of our own graphs with `LOGITS_AT` as an input; others, which may be large, as they are."""
+    content = graph.read_bytes()
+    return content + AS_INPUT if LOGITS_AT.encode() in content else graph
 
 
 class OrtEngine:
     """An artifact folder (or its .onnx file) on the CPU with `threads` threads; satisfies `llmopt.engine.base.Engine`.
 
-    Without `fold_constants`, what can be computed from the weights alone is computed at each call, and not kept.
-
     Raises:
         ArtifactError: there is no graph, it does not open, or its inputs are not those of a decoder.
     """
 
-    def __init__(self, path: Path, threads: int, *, fold_constants: bool = True) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         graph = path / GRAPH if path.is_dir() else path
         if not graph.is_file():
             raise ArtifactError("there is no model.onnx", where=str(path), hint="write one with `llmopt quantize`")
-        self.session = open_session(graph, threads, fold_constants=fold_constants)
+        self.session = open_session(selectable(graph), graph.parent, threads)
         self.name = f"onnxruntime {onnxruntime.__version__}"
         inputs = {node.name: node for node in self.session.get_inputs()}
         self.past_names = [name for name in inputs if name.startswith("past_key_values.")]

@@ -9,16 +9,20 @@ torch, but not larger. Last the graph runs as it ships, and how far it is from f
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llmopt.engine.base import TokenIds
 from llmopt.engine.blocks import RotaryTables, block_forward, embed, head_logits
-from llmopt.engine.ort import OrtEngine
+from llmopt.engine.ort import LOGITS_AT, OrtEngine
+from llmopt.engine.segments import run_in_segments
 from llmopt.errors import VerificationError
+from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.export.onnx.levels import in_float32
 from llmopt.measure.tokens import score
 from llmopt.model.spec import Block, ModelSpec
@@ -31,7 +35,6 @@ from llmopt.quantize.weights import QuantizedWeight
 FLOAT_TOLERANCE = 1e-3
 # Two roundings of the same activations leave errors of the same size, but not the same errors.
 ROUNDING_FACTOR = 2.0
-FLOAT_GRAPH = ".float32.onnx"
 _REPORT = "this is a defect of llmopt or of the installed onnxruntime: please report it with this message"
 
 
@@ -131,12 +134,20 @@ def verify(folder: Path, exact: Reference, rounded: Reference | None, threads: i
 
 def compare_rewritten(folder: Path, reference: Reference, threads: int, *, integers: bool) -> Agreement:
     """The graph rewritten to float32 activations, or to those that integer products need, against the reference."""
-    graph = in_float32(folder, FLOAT_GRAPH, integers=integers)
-    try:
-        # Folded, every integer weight would be a float32 constant: the whole model in memory, four times its size.
-        return compare(OrtEngine(graph, threads, fold_constants=False), reference)
-    finally:
-        graph.unlink()
+    model = onnx.load(folder / GRAPH_FILE, load_external_data=False)
+    feeds = [whole_sequence(reference.spec, ids) for ids in reference.windows]
+    # In segments: with the integer weights of the whole model as floats it would take four times its size.
+    logits = run_in_segments(in_float32(model, integers=integers), folder, feeds, "logits", threads)
+    return agree([(reference.logits(index), actual[0]) for index, actual in enumerate(logits)])
+
+
+def whole_sequence(spec: ModelSpec, ids_T: TokenIds) -> dict[str, NDArray[Any]]:
+    """What a graph is fed to give the logits of all these tokens."""
+    attention = spec.blocks[0].attention
+    empty = np.zeros((1, attention.kv_heads, 0, attention.head_dim), np.float32)
+    pasts = [f"past_key_values.{index}.{kind}" for index in range(len(spec.blocks)) for kind in ("key", "value")]
+    sequence = {"input_ids": ids_T[None], "attention_mask": np.ones((1, len(ids_T)), np.int64)}
+    return dict.fromkeys(pasts, empty) | sequence | {LOGITS_AT: np.arange(len(ids_T))}
 
 
 def require(agreement: Agreement, tolerance: float, how: str) -> None:

@@ -9,7 +9,7 @@ from llmopt.model.spec import Linear
 from llmopt.quantize.weights import QuantizedWeight
 
 TOP = 255
-SMALLEST_STEP = 1e-30  # stands in for the step of a row of zeros
+SMALLEST_TOP = 1e-28  # of a row's range: a row of zeros has a step as well
 
 
 def quantized_apply(
@@ -31,7 +31,7 @@ def quantized_apply(
 
 def round_rows(x: Tensor) -> Tensor:
     """Activations as 8 bits keep them: each row (a token) on 256 points over its range, 0 being one of them."""
-    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
-    step = ((high - low) / TOP).clamp_min(SMALLEST_STEP)
-    shift = (low / step).round()
-    return (((x / step).round() - shift).clamp(0, TOP) + shift) * step
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(SMALLEST_TOP)
+    step = (low - high) * (-1 / TOP)
+    zero = (low / (low - high) / (1 / TOP)).round()
+    return (((x / step).round() + zero).clamp(0, TOP) - zero) * step

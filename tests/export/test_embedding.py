@@ -9,16 +9,14 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from llmopt.engine.ort import open_session
 from llmopt.export.onnx.embedding import emit_embedding, emit_tied_head
 from llmopt.export.onnx.graph import Graph
-from llmopt.export.onnx.levels import in_float32
 from llmopt.export.onnx.linear import Product
 from llmopt.model.spec import Embedding
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight
-from tests.onnx_nodes import open_graph, relative_error
+from tests.onnx_nodes import float32_session, open_graph, relative_error
 
 VOCABULARY = 31
 IDS = np.array([[0, 30, 7], [7, 1, 2]])
@@ -73,7 +71,7 @@ def test_a_tied_head_multiplies_by_the_table_and_writes_no_second_one(
     assert (tmp_path / "model.onnx.data").stat().st_size <= written + (64 + 4 * VOCABULARY if bias else 0)
 
     x = np.random.default_rng(0).normal(size=(2, 3, width)).astype(np.float32)
-    session = open_session(in_float32(tmp_path, "float32.onnx"), threads=1)
+    session = float32_session(tmp_path)
     (actual,) = session.run([logits], {"input_ids": IDS, "x": x})
     expected = x @ as_float(table).T + (0 if bias_V is None else bias_V.numpy())
     assert relative_error(actual, expected) < 2e-6

@@ -26,7 +26,7 @@ def test_a_saved_graph_computes_what_was_added(tmp_path: Path) -> None:
     add_product(graph)
     graph.save("1.2")
     x = np.array([[1, 2, 3], [-1, 0, 1]], np.float32)
-    (y,) = open_session(tmp_path / GRAPH_FILE, threads=1).run(None, {"x": x})
+    (y,) = open_session(tmp_path / GRAPH_FILE, tmp_path, threads=1).run(None, {"x": x})
     np.testing.assert_array_equal(y, x @ np.arange(6).reshape(3, 2) + 1)
 
 

@@ -39,11 +39,11 @@ def random_tokens(batch: int = 3, tokens: int = 5) -> Array:
 
 
 def product_session(folder: Path, weight: QuantizedWeight) -> onnxruntime.InferenceSession:
-    """y; and the codes of x, with each token's step and what its codes are shifted by."""
+    """y; and the codes of x, with each token's step and the code of its zero."""
     graph = Graph(folder)
     graph.input("x", TensorProto.FLOAT, ["batch", "tokens", WIDTH])
     y = int8_product(graph, "x", "up", write_columns(graph, "up", weight))
-    kinds = dict.fromkeys((y, "x/step", "x/shift"), TensorProto.FLOAT)
+    kinds = dict.fromkeys((y, "x/step", "x/zero"), TensorProto.FLOAT)
     return open_graph(graph, kinds | {"x/codes": TensorProto.UINT8})
 
 
@@ -54,14 +54,14 @@ def reference(x: Array, weight: QuantizedWeight) -> Array:
 
 def test_every_token_has_256_codes_over_a_range_of_its_own(tmp_path: Path) -> None:
     x = random_tokens()
-    _, step, shift, codes = product_session(tmp_path, random_weight()).run(None, {"x": x})
+    _, step, zero, codes = product_session(tmp_path, random_weight()).run(None, {"x": x})
     x = x.reshape(-1, WIDTH)
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
     np.testing.assert_allclose(step, (high - low) / 255, rtol=1e-6)
-    np.testing.assert_array_equal(shift, np.round(low / step))
+    np.testing.assert_array_equal(zero, np.round(-low / step))
     assert (codes.min(-1) == 0).all()
     assert (codes.max(-1) >= 254).all()
-    values = (codes.astype(np.float64) + shift) * step
+    values = (codes.astype(np.float64) - zero) * step
     assert (np.abs(values - x) <= 0.5001 * step).all()
 
 
@@ -140,7 +140,8 @@ def test_products_of_one_input_share_its_codes(tmp_path: Path) -> None:
         int8_product(graph, "x", name, write_columns(graph, name, weight))
         for name, weight in zip(("gate", "up"), weights, strict=True)
     ]
-    assert [node.op_type for node in graph.nodes].count("QuantizeLinear") == 1
+    assert [node.op_type for node in graph.nodes].count("MatMulIntegerToFloat") == 2
+    assert [node.op_type for node in graph.nodes].count("ReduceMax") == 1
     x = random_tokens()
     for actual, weight in zip(open_graph(graph, outputs).run(None, {"x": x}), weights, strict=True):
         assert relative_error(actual, reference(x, weight)) < 1e-5

@@ -8,14 +8,12 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from llmopt.engine.ort import open_session
 from llmopt.export.onnx.graph import Graph
-from llmopt.export.onnx.levels import in_float32
 from llmopt.export.onnx.linear import Product, emit, emit_together, stacked
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight
-from tests.onnx_nodes import Array, open_graph, relative_error
+from tests.onnx_nodes import Array, float32_session, open_graph, relative_error
 
 SCHEMES = [None, "w4a16", "w4a16-channel-sym", "w8a16", "w8a16-g128-asym", "w8a8"]
 X = np.random.default_rng(0).normal(size=(2, 3, 72)).astype(np.float32)
@@ -46,7 +44,7 @@ def new_graph(folder: Path) -> Graph:
 def run(graph: Graph, *outputs: str) -> list[Array]:
     """In float32, so that nothing but the weight is rounded."""
     open_graph(graph, outputs)
-    values: list[Array] = open_session(in_float32(graph.folder, "float32.onnx"), threads=1).run(None, {"x": X})
+    values: list[Array] = float32_session(graph.folder).run(None, {"x": X})
     return values
 
 

@@ -43,7 +43,7 @@ class DecoderGraph:
         graph, attention = self.graph, self.spec.blocks[0].attention
         graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
         graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
-        graph.tokens = graph.node("Shape", ["input_ids"], "tokens")
+        graph.like = "input_ids"
         cache = (attention.kv_heads, attention.head_dim)
         for index in range(len(self.spec.blocks)):
             for kind in ("key", "value"):
@@ -117,7 +117,7 @@ class DecoderGraph:
             "logits/hidden",
             batch_dims=1,
         )
-        graph.tokens = None
+        graph.like = x
         head = product(self.spec.head, weights)
         tied = self.spec.tied
         logits = emit_tied_head(graph, x, head, self.table) if tied else emit(graph, x, head)

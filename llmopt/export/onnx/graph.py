@@ -61,11 +61,17 @@ class Graph:
         self.folder = folder
         self.values: set[str] = set()
         self.data = DataFile(folder)
-        self.nodes: list[onnx.NodeProto] = []
+        # Filled in place: a deep model has tens of thousands of nodes, and helper.make_graph would copy them all.
+        self.model = helper.make_model(
+            onnx.GraphProto(name="decoder"),
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+            ir_version=IR_VERSION,
+            producer_name="llmopt",
+        )
+        self.nodes, self.outputs = self.model.graph.node, self.model.graph.output
         self.tensors: dict[str, TensorProto] = {}
-        self.inputs: list[onnx.ValueInfoProto] = []
-        self.outputs: list[onnx.ValueInfoProto] = []
-        self.tokens: str | None = None  # int64 [batch, tokens] of what is being computed, if it was said
+        # A value [batch, tokens, …] of as many tokens as all that is being computed, if it was said.
+        self.like: str | None = None
 
     def node(
         self,
@@ -106,7 +112,7 @@ class Graph:
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
         """Declare an input of the graph."""
-        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        self.model.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def output(self, name: str, kind: int, shape: Sequence[int | str]) -> None:
@@ -116,13 +122,7 @@ class Graph:
     def save(self, producer_version: str) -> onnx.ModelProto:
         """Close the data file and write the graph beside it. The bytes depend on nothing but what was added."""
         self.data.close()
-        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, list(self.tensors.values()))
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
-            ir_version=IR_VERSION,
-            producer_name="llmopt",
-            producer_version=producer_version,
-        )
-        (self.folder / GRAPH_FILE).write_bytes(model.SerializeToString(deterministic=True))
-        return model
+        self.model.producer_version = producer_version
+        self.model.graph.initializer.extend(self.tensors.values())
+        (self.folder / GRAPH_FILE).write_bytes(self.model.SerializeToString(deterministic=True))
+        return self.model

@@ -1,9 +1,9 @@
 """Integers on both sides: activations with a range for each token, weights with a scale for each channel.
 
-A row x of activations is rounded to x ≈ step (q + z) with codes q from 0 to 255 and an integer z, so that 0 is a point
-of the grid: most activations are small, and off the grid they would all be wrong in the same direction. Then
+A row x of activations is rounded to x ≈ step (q - z) with codes q and z from 0 to 255, so that 0 is a point of the
+grid: most activations are small, and off the grid they would all be wrong in the same direction. Then
 
-    x Wᵀ  ≈  step (q Wᵀ + z Σ W)
+    x Wᵀ  ≈  step (q Wᵀ - z Σ W)
 
 where the integer kernel computes q Wᵀ, and Σ W, the sum of each row of W, is known beforehand. `DynamicQuantizeMatMul`
 is the same kernel, but takes one range from the whole batch: there a token's result depends on its neighbours, and an
@@ -19,8 +19,7 @@ from llmopt.quantize.int8 import CENTER, sums_fit
 from llmopt.quantize.weights import QuantizedWeight
 
 TOP = 255
-# A row of zeros has a range of width 0; any positive step serves.
-SMALLEST_STEP = np.float32(1e-30)
+SMALLEST_TOP = np.float32(1e-28)  # of a range: a row of zeros has a step as well
 
 
 def write_columns(graph: Graph, name: str, weight: QuantizedWeight) -> tuple[str, str, str]:
@@ -39,41 +38,46 @@ def write_columns(graph: Graph, name: str, weight: QuantizedWeight) -> tuple[str
 def int8_product(graph: Graph, x: str, name: str, tensors: tuple[str, ...]) -> str:
     """The nodes of one product over tensors that are written already; products of one x share its codes."""
     codes, scales, sums = tensors
-    x_codes, step, shift = int8_rows(graph, x)
-    one, zero = graph.constant(np.float32(1)), graph.constant(np.uint8(0))
-    inputs = [x_codes, codes, one, scales, zero, graph.constant(np.int8(0))]
+    x_codes, step, zero = int8_rows(graph, x)
+    one, nothing = graph.constant(np.float32(1)), graph.constant(np.uint8(0))
+    inputs = [x_codes, codes, one, scales, nothing, graph.constant(np.int8(0))]
     product = graph.node("MatMulIntegerToFloat", inputs, f"{name}/integers", domain=MICROSOFT)
-    # z Σ W, an outer product, added in the same pass.
-    shifted = graph.node("Gemm", [shift, sums, product], f"{name}/shifted")
+    # z Σ W, an outer product, taken off in the same pass.
+    shifted = graph.node("Gemm", [zero, sums, product], f"{name}/shifted", alpha=-1.0)
     scaled = graph.node("Mul", [shifted, step], f"{name}/scaled")
     return graph.node("Reshape", [scaled, output_shape(graph, x, graph.tensors[codes].dims[1])], name)
 
 
 def int8_rows(graph: Graph, x: str) -> tuple[str, str, str]:
-    """q, uint8 [tokens of the batch, in]; step and z, float32 [tokens of the batch, 1]."""
-    codes, step, shift = f"{x}/codes", f"{x}/step", f"{x}/shift"
+    """q, uint8 [tokens of the batch, in]; step and z, float32 [tokens of the batch, 1].
+
+    A deep model has thousands of these, and each node costs time in decoding: there are no more than there must be.
+    """
+    codes, step, zero = f"{x}/codes", f"{x}/step", f"{x}/zero"
     if codes not in graph.values:
-        last, nothing = graph.constant(np.array([-1], np.int64)), graph.constant(np.float32(0))
+        last = graph.constant(np.array([-1], np.int64))
         flat = graph.node("Flatten", [x], f"{x}/flat", axis=-1)
-        low = graph.node("Min", [graph.node("ReduceMin", [flat, last], f"{x}/min", keepdims=0), nothing], f"{x}/low")
-        high = graph.node("Max", [graph.node("ReduceMax", [flat, last], f"{x}/max", keepdims=0), nothing], f"{x}/high")
-        width = graph.node("Sub", [high, low], f"{x}/width")
-        fraction = graph.node("Mul", [width, graph.constant(np.float32(1 / TOP))], f"{x}/fraction")
-        steps = graph.node("Max", [fraction, graph.constant(SMALLEST_STEP)], f"{x}/steps")
-        shifts = graph.node("Round", [graph.node("Div", [low, steps], f"{x}/lowest")], f"{x}/shifts")
-        zeros = graph.node("Neg", [shifts], f"{x}/zeros")
-        zeros = graph.node("Cast", [zeros], f"{x}/zero_codes", to=TensorProto.UINT8)
-        graph.node("QuantizeLinear", [flat, steps, zeros], f"{x}/quantize", outputs=[codes], axis=0)
-        graph.node("Unsqueeze", [steps, last], f"{x}/step_column", outputs=[step])
-        graph.node("Unsqueeze", [shifts, last], f"{x}/shift_column", outputs=[shift])
-    return codes, step, shift
+        low = graph.node("ReduceMin", [flat, last], f"{x}/min", keepdims=1)
+        low = graph.node("Min", [low, graph.constant(np.float32(0))], f"{x}/low")
+        high = graph.node("ReduceMax", [flat, last], f"{x}/max", keepdims=1)
+        high = graph.node("Max", [high, graph.constant(SMALLEST_TOP)], f"{x}/high")
+        fall = graph.node("Sub", [low, high], f"{x}/fall")
+        graph.node("Mul", [fall, graph.constant(np.float32(-1 / TOP))], f"{x}/steps", outputs=[step])
+        share = graph.node("Div", [low, fall], f"{x}/share")
+        share_of_code = [graph.constant(np.float32(1 / TOP)), graph.constant(np.uint8(0))]
+        zero_code = graph.node("QuantizeLinear", [share, *share_of_code], f"{x}/zero_code")
+        graph.node("Cast", [zero_code], f"{x}/zeros", outputs=[zero], to=TensorProto.FLOAT)
+        of_tokens = [graph.node("Squeeze", [column, last], f"{column}/of_tokens") for column in (step, zero_code)]
+        graph.node("QuantizeLinear", [flat, *of_tokens], f"{x}/quantize", outputs=[codes], axis=0)
+    return codes, step, zero
 
 
 def output_shape(graph: Graph, x: str, channels: int) -> str:
     """[batch, tokens, channels], shared by all products of as many tokens and channels."""
-    tokens = graph.tokens or f"{x}/tokens"
+    like = graph.like or x
+    tokens = f"{like}/tokens"
     if tokens not in graph.values:
-        graph.node("Shape", [x], tokens, outputs=[tokens], end=-1)
+        graph.node("Shape", [like], tokens, outputs=[tokens], end=2)
     shape = f"{tokens}/{channels}"
     if shape not in graph.values:
         last = graph.constant(np.array([channels], np.int64))

@@ -1,26 +1,19 @@
 """The same graph computed in float32: what remains when no kernel rounds activations, for holding it against torch."""
 
-from pathlib import Path
-
 import onnx
-from onnx import NodeProto, helper
-
-from llmopt.export.onnx.graph import GRAPH_FILE
+from onnx import ModelProto, NodeProto, helper
 
 
-def in_float32(folder: Path, name: str, *, integers: bool = False) -> Path:
-    """Write `name` beside the graph: the same graph over the same data file with activations in float32.
+def in_float32(model: ModelProto, *, integers: bool = False) -> ModelProto:
+    """Rewrite a graph, in place, to what it would compute with activations in float32, over the same data file.
 
     MatMulNBits goes to accuracy level 0. Unless `integers` stay, an integer product becomes a float one of the same
     codes, and the codes of its activations the values that they are rounded from.
     """
-    model = onnx.load(folder / GRAPH_FILE, load_external_data=False)
     nodes = [replacement for node in model.graph.node for replacement in _in_float32(node, integers=integers)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    path = folder / name
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    return path
+    return model
 
 
 def _in_float32(node: NodeProto, *, integers: bool) -> list[NodeProto]:
@@ -30,7 +23,7 @@ def _in_float32(node: NodeProto, *, integers: bool) -> list[NodeProto]:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
             return [node]
-        case "QuantizeLinear" if not integers:
+        case "QuantizeLinear" if not integers and node.output[0].endswith("/codes"):
             return _unrounded(node)
         case "MatMulIntegerToFloat" if not integers:
             return _float_product(node)
@@ -38,16 +31,11 @@ def _in_float32(node: NodeProto, *, integers: bool) -> list[NodeProto]:
 
 
 def _unrounded(node: NodeProto) -> list[NodeProto]:
-    """x / step + zero, both [tokens], without rounding."""
-    x, step, zero = node.input
-    name = node.name
+    """x / step + zero without rounding; both lie beside the codes as columns."""
+    of_codes = node.output[0].removesuffix("/codes")
     return [
-        helper.make_node("Cast", [zero], [f"{name}/zeros"], to=onnx.TensorProto.FLOAT),
-        # Tokens last: [tokens] then stands beside [in, tokens].
-        helper.make_node("Transpose", [x], [f"{name}/turned"], perm=[1, 0]),
-        helper.make_node("Div", [f"{name}/turned", step], [f"{name}/scaled"]),
-        helper.make_node("Add", [f"{name}/scaled", f"{name}/zeros"], [f"{name}/shifted"]),
-        helper.make_node("Transpose", [f"{name}/shifted"], node.output, name=name, perm=[1, 0]),
+        helper.make_node("Div", [node.input[0], f"{of_codes}/step"], [f"{of_codes}/in_steps"]),
+        helper.make_node("Add", [f"{of_codes}/in_steps", f"{of_codes}/zero"], node.output, name=node.name),
     ]
 
 

@@ -1,0 +1,73 @@
+"""A graph in segments computes what it computes in one."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from llmopt.engine import segments
+from llmopt.engine.ort import LOGITS_AT, OrtEngine, open_session
+from llmopt.engine.segments import run_in_segments
+from llmopt.errors import ArtifactError
+from tests.decoders import write_decoder
+from tests.families import CASES, random_weights, spec_of
+
+WINDOWS = [np.random.default_rng(seed).integers(0, 97, length) for seed, length in enumerate((24, 7))]
+
+
+@pytest.fixture(scope="module", params=["w4a16", "w8a8", None])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, spec = tmp_path_factory.mktemp("artifact"), spec_of(CASES["llama"])
+    write_decoder(folder, spec, random_weights(spec), lambda name: request.param, WINDOWS)
+    return folder
+
+
+def feeds(engine: OrtEngine) -> list[dict[str, object]]:
+    empty = np.zeros((1, engine.kv_heads, 0, engine.head_dim), np.float32)
+    return [
+        dict.fromkeys(engine.past_names, empty)
+        | {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), LOGITS_AT: np.arange(len(ids))}
+        for ids in WINDOWS
+    ]
+
+
+def run(folder: Path, segment_nodes: int) -> list[np.ndarray]:
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    return run_in_segments(
+        model, folder, feeds(OrtEngine(folder, threads=1)), "logits", threads=1, segment_nodes=segment_nodes
+    )
+
+
+@pytest.mark.parametrize("segment_nodes", [1, 17, 10_000])
+def test_the_output_is_that_of_the_whole_graph(folder: Path, segment_nodes: int) -> None:
+    engine = OrtEngine(folder, threads=1)
+    for actual, ids in zip(run(folder, segment_nodes), WINDOWS, strict=True):
+        np.testing.assert_allclose(actual, engine.logits(ids[None]), atol=2e-2)
+        assert actual.shape == (1, len(ids), 97)
+
+
+def test_no_more_than_a_segment_is_open_and_nothing_is_kept_that_none_reads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counting(graph: bytes, *rest: object) -> object:
+        part = onnx.load_from_string(graph)
+        sizes.append(len(part.graph.node))
+        assert {value.name for value in part.graph.input} <= {name for node in part.graph.node for name in node.input}
+        assert not any(value.name.startswith("present.") for value in part.graph.output)
+        return open_session(graph, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(segments, "open_session", counting)
+    run(folder, 17)
+    assert max(sizes) == 17
+    assert sum(sizes) == len(onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+
+
+def test_a_segment_that_does_not_open_names_the_folder(folder: Path) -> None:
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model.graph.node[-2].op_type = "NoSuchOperator"
+    with pytest.raises(ArtifactError, match="NoSuchOperator") as caught:
+        run_in_segments(model, folder, feeds(OrtEngine(folder, threads=1)), "logits", threads=1)
+    assert caught.value.where == str(folder)
