@@ -13,6 +13,8 @@
 Each error says what happened, where, and what to do about it. Gates are results, not errors: see `llmopt.report.gates`.
 """
 
+import difflib
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
 
@@ -77,3 +79,15 @@ class VerificationError(LlmoptError):
 
 class ResourceError(LlmoptError):
     """The disk or the memory does not suffice."""
+
+
+def near_match(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """What to try instead of a word that is not known: the nearest one that is, and which there are.
+
+    With `otherwise`, for lists too long to show, the nearest one or that.
+    """
+    words = list(known)
+    nearest = [f"did you mean {near!r}?" for near in difflib.get_close_matches(word, words, n=1)]
+    if otherwise is not None:
+        return next(iter(nearest), otherwise)
+    return " ".join([*nearest, f"known here: {', '.join(words)}"])

@@ -1,5 +1,6 @@
 """From a model to a verdict, through the command line, on the embedded model and on damaged copies of it."""
 
+import io
 import json
 import os
 import shutil
@@ -341,6 +342,12 @@ class TestRun:
         assert ended.code == 2
         assert "int9" in ended.err
 
+    def test_a_dry_run_says_what_would_be_done_and_writes_nothing(self, llmopt, tmp_path):
+        ended = llmopt("run", self.recipe(tmp_path), "--dry-run")
+        assert ended.code == 0
+        assert "int8" in ended.out + ended.err
+        assert only_entry(tmp_path, "recipe.yaml")
+
 
 def timeless(report):
     """A report without what depends on the machine and the moment."""
@@ -357,6 +364,15 @@ def timeless(report):
     return report | {"host": None, "notes": None}
 
 
+def prompt_of(folder, prompt, system):
+    """What the model reads, as text."""
+    from llmopt.model.tokenizer import Tokenizer
+    from llmopt.pipeline.generate import GenerateRequest, prompt_ids
+
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer.decode(prompt_ids(GenerateRequest(model=str(folder), prompt=prompt, system=system), tokenizer))
+
+
 class TestGenerate:
     def test_an_artifact_and_its_model_tell_stories(self, llmopt, int4):
         for model in (int4, "demo"):
@@ -370,6 +386,33 @@ class TestGenerate:
             for seed in (1, 1, 2)
         ]
         assert said[0] == said[1] != said[2]
+
+    def test_a_prompt_may_come_from_stdin(self, llmopt, int4, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once"))
+        piped = llmopt("generate", int4, "-", "--max-tokens", "10", "--json")
+        typed = llmopt("generate", int4, "Once", "--max-tokens", "10", "--json")
+        assert (piped.code, typed.code) == (0, 0)
+        assert json.loads(piped.out)["text"] == json.loads(typed.out)["text"]
+
+    def test_a_chat_template_is_used_unless_it_is_declined(self, llmopt, int4, tmp_path):
+        folder = shutil.copytree(int4, tmp_path / "chat")
+        (folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        )
+
+        def said(model, prompt, *options):
+            ended = llmopt("generate", model, prompt, "--max-tokens", "12", "--json", *options)
+            assert ended.code == 0
+            return json.loads(ended.out)["text"]
+
+        template = "system: Be brief\nuser: Once\n"
+        # As it is, without what begins a text: the template says all.
+        assert said(folder, "Once", "--system", "Be brief") != said(folder, "Once", "--no-chat")
+        assert said(folder, "Once", "--no-chat") == said(int4, "Once")
+        assert prompt_of(folder, "Once", system="Be brief") == template
+        refused = llmopt("generate", int4, "Once", "--system", "Be brief")
+        assert refused.code == 2
+        assert "--system" in refused.err
 
     def test_an_empty_prompt_and_one_that_is_too_long_are_refused(self, llmopt, int4):
         assert llmopt("generate", int4, "").code == 2

@@ -7,12 +7,11 @@ A pattern is a name with shell wildcards, matched against the whole name or any 
 `down_proj`, `layers.0.*`, `model.layers.*.mlp.*`. The last override that matches wins; `ignore` wins over all.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from llmopt.errors import UsageError
+from llmopt.errors import UsageError, near_match
 from llmopt.model.spec import ModelSpec
 from llmopt.quantize.scheme import Scheme, parse_scheme
 
@@ -87,8 +86,7 @@ def _tie(found: dict[str, Assignment], table: str, head: str, *, said: Sequence[
 def _require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
-            near = difflib.get_close_matches(pattern, sorted(set(_tails(names))), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"names look like {names[1]!r}"
+            hint = near_match(pattern, sorted(set(_tails(names))), f"names look like {names[1]!r}")
             raise UsageError(f"{pattern!r} matches no linear and no embedding", hint=hint)
 
 

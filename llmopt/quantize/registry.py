@@ -1,11 +1,10 @@
 """The methods, by the names that people type. A method is imported when it is used: most of them need torch."""
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from llmopt.errors import UsageError
+from llmopt.errors import UsageError, near_match
 
 if TYPE_CHECKING:
     from llmopt.quantize.method import Method
@@ -21,9 +20,7 @@ def check_method(name: str) -> None:
         UsageError: there is none.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(METHODS)}"
-        raise UsageError(f"there is no method {name!r}", hint=known)
+        raise UsageError(f"there is no method {name!r}", hint=near_match(name, METHODS))
 
 
 def find_method(name: str) -> "Method":

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llmopt.errors import RecipeError
+from llmopt.errors import RecipeError, near_match
 from llmopt.recipe.document import Document, Keys, parse
-from llmopt.recipe.schema import SCHEMA, Recipe, Vocabulary, near_match
+from llmopt.recipe.schema import SCHEMA, Recipe, Vocabulary
 
 _LARGEST_BYTES = 1_000_000
 # In people's words, what pydantic says in Python's.

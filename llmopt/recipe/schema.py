@@ -1,6 +1,5 @@
 """What a recipe may say, as types. The strings under the fields are the descriptions that editors show."""
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmopt.errors import UsageError
+from llmopt.errors import UsageError, near_match
 from llmopt.quantize.scheme import parse_scheme
 
 SCHEMA = "llmopt.recipe/1"
@@ -30,12 +29,6 @@ def _vocabulary(info: ValidationInfo) -> Vocabulary:
 
 def _refused(error: UsageError) -> PydanticCustomError:
     return PydanticCustomError("refused", "{what}", {"what": error.what, "hint": error.hint})
-
-
-def near_match(word: str, known: Collection[str]) -> str:
-    """What to try instead of `word`: the nearest word that is known, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
 
 
 def _known_scheme(text: str) -> str:

@@ -10,14 +10,13 @@ A gate passes when the whole interval keeps the promise, fails when none of it d
 straddles the bound or when there is nothing to judge. It holds for every candidate.
 """
 
-import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from llmopt.errors import ExitCode, UsageError
+from llmopt.errors import ExitCode, UsageError, near_match
 from llmopt.report.results import METRICS, Candidate, Delta, GateResult, Measurement, Report, Verdict
 
 Against = Literal["value", "change", "ratio"]
@@ -70,9 +69,7 @@ def parse_gate(text: str) -> Gate:
         raise UsageError(f"{text!r} is not a gate", hint=HINT)
     metric = match["metric"]
     if metric not in METRICS:
-        near = difflib.get_close_matches(metric, METRICS, n=1)
-        hint = (f"did you mean {near[0]!r}? " if near else "") + f"metrics: {', '.join(METRICS)}"
-        raise UsageError(f"unknown metric {metric!r}", where=text, hint=hint)
+        raise UsageError(f"unknown metric {metric!r}", where=text, hint=near_match(metric, METRICS))
     against, bound = _bound(metric, match, text)
     if against != "value" and metric in DISTANCES:
         raise UsageError(

@@ -369,8 +369,14 @@ def test_a_missing_key_is_named() -> None:
         spec_from_config(config)
 
 
-def test_an_unknown_family_names_the_nearest() -> None:
-    with pytest.raises(UnsupportedError, match="nearest is 'qwen2'"):
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**9), ("vocab_size", 2**63)])
+def test_a_number_that_no_model_has_is_refused_at_once(key: str, value: int) -> None:
+    with pytest.raises(ModelError, match=f"{key} = {value}"):
+        spec_from_config(SMOLLM2_135M | {key: value})
+
+
+def test_an_unknown_family_is_told_the_nearest_and_the_known_ones() -> None:
+    with pytest.raises(UnsupportedError, match=r"did you mean 'qwen2'\? known here: gemma3"):
         spec_from_config({"model_type": "qwen22"})
 
 

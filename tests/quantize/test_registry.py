@@ -26,7 +26,7 @@ def test_a_method_quantizes(name: str) -> None:
     assert quantized.relative_error(weight_OI) < 0.01
 
 
-@pytest.mark.parametrize(("name", "hint"), [("rtnn", "did you mean 'rtn'?"), ("magic", "methods: rtn")])
+@pytest.mark.parametrize(("name", "hint"), [("rtnn", "did you mean 'rtn'? known here: rtn"), ("magic", "known here: rtn")])
 @pytest.mark.parametrize("find", [check_method, find_method])
 def test_an_unknown_method_is_a_mistake_with_a_hint(find, name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=f"no method '{name}'") as caught:

@@ -4,7 +4,6 @@ A family module offers `FAMILY`, a `Family`. Adding one is adding its file; `tes
 against transformers' own implementation.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.errors import ModelError, UnsupportedError
+from llmopt.errors import ModelError, UnsupportedError, near_match
 from llmopt.model.spec import ModelSpec
 
 Config = Mapping[str, Any]
@@ -55,10 +54,8 @@ def family_of(config: Config, *, where: str) -> Family:
         raise ModelError("the config names no model_type", where=where, hint="is this a Hugging Face model folder?")
     known = families()
     if model_type not in known:
-        near = difflib.get_close_matches(model_type, known, n=1)
-        names = ", ".join(sorted(known))
-        hint = f"known families: {names}" + (f"; the nearest is {near[0]!r}" if near else "")
-        raise UnsupportedError(f"model_type {model_type!r} is not supported", where=where, hint=hint)
+        what = f"model_type {model_type!r} is not supported"
+        raise UnsupportedError(what, where=where, hint=near_match(model_type, sorted(known)))
     return known[model_type]
 
 

@@ -16,6 +16,11 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
 }
 
+# A damaged config must not fill the memory with blocks, or overflow a count of bytes.
+BLOCKS_KEYS = ("num_hidden_layers", "n_layer")
+MOST_BLOCKS = 10_000
+MOST = 2**31
+
 # Keys of neighbouring families, with the values at which they change nothing. A checkpoint that sets one to anything
 # else computes something that its family's description would miss.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -64,11 +69,13 @@ def positive(config: Config, key: str) -> int:
 
     Raises:
         KeyError: it is missing.
-        ValueError: it is not a positive whole number.
+        ValueError: it is not a positive whole number, or one that no model has.
     """
     value = config[key]
     if not isinstance(value, int) or value <= 0:
         raise ValueError(f"{key} = {value!r}, where a positive whole number is needed")
+    if value > (most := MOST_BLOCKS if key in BLOCKS_KEYS else MOST):
+        raise ValueError(f"{key} = {value}, where no model has more than {most}")
     return value
 
 
