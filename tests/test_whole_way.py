@@ -84,6 +84,51 @@ class TestQuantize:
         assert first == second
         assert reports[0] | {"host": None} == reports[1] | {"host": None}
 
+    def test_a_calibrated_method_says_what_it_read_and_beats_rounding(self, llmopt, tmp_path):
+        for method in ("rtn", "search", "gptq"):
+            options = ("--scheme", "w4a16-sym", "--method", method, "--threads", "1", "--json")
+            ended = llmopt("quantize", "demo", "-o", tmp_path / method, *options)
+            assert ended.code == 0
+            report = json.loads(ended.out)
+            layers = {layer["name"]: layer["method"] for layer in report["candidates"][0]["layers"]}
+            assert layers["model.layers.3.mlp.down_proj"] == method
+            assert layers["lm_head"] == "rtn"  # it is the table, which nothing enters
+            assert ("calibration" in report["settings"]) == (method != "rtn")
+        assert report["settings"]["calibration"]["tokens"] == 32768
+        paths = [tmp_path / method for method in ("gptq", "rtn")]
+        measured = json.loads(llmopt("bench", *paths, "--tokens", "8192", *ACCURACY[2:], "--json").out)
+        gptq, rtn = (candidate["metrics"]["kl_divergence"]["value"] for candidate in measured["candidates"])
+        assert gptq < 0.8 * rtn
+        kept = json.loads((tmp_path / "gptq" / "report.json").read_text())
+        assert kept["settings"]["calibration"]["text"] == "built-in demo text for calibration"
+
+    def test_what_is_calibrated_on_is_part_of_what_an_artifact_is(self, llmopt, tmp_path):
+        text = tmp_path / "text.txt"
+        keys = []
+        for count in (200, 300):
+            text.write_text("Once upon a time there was a farmer. " * count)
+            options = ("--method", "search", "--calib", text, "--calib-tokens", "1500", "--threads", "1", "--force")
+            assert llmopt("quantize", "demo", "-o", tmp_path / "out", *options).code == 0
+            keys.append(load_manifest(tmp_path / "out").key)
+        assert keys[0] != keys[1]
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["--method", "rtn", "--calib", "text.txt"], "reads no text"),
+            (["--method", "gptq", "--calib", "none.txt"], "none.txt"),
+            (["--method", "gptq", "--calib-tokens", "100"], "640 inputs"),
+            (["--method", "gtpq"], "did you mean 'gptq'?"),
+        ],
+    )
+    def test_mistakes_about_calibration_are_told(self, llmopt, tmp_path, monkeypatch, words, told):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "text.txt").write_text("Once.")
+        ended = llmopt("quantize", "demo", "-o", tmp_path / "out", *words)
+        assert ended.code == 2
+        assert told in ended.err
+        assert only_entry(tmp_path, "text.txt")
+
     def test_a_dry_run_writes_nothing(self, llmopt, tmp_path):
         ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--dry-run", "--json")
         assert ended.code == 0

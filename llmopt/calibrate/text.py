@@ -4,6 +4,7 @@ Documents are what a corpus is a sample of, so intervals are computed over them;
 ends, it is one document.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -27,6 +28,16 @@ class Corpus:
 
     name: str
     documents: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the documents, in order."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            encoded = document.encode()
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+        return digest.hexdigest()
 
 
 def built_in(split: Literal["calibration", "evaluation"] = "evaluation", count: int = 400, seed: int = 0) -> Corpus:

@@ -1,5 +1,6 @@
 """`llmopt quantize`: a model in, a quantized artifact out, checked against what it should compute."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,8 +45,27 @@ def quantize(
         ),
     ] = "w8a16",
     method: Annotated[
-        str, typer.Option("--method", metavar="METHOD", help="How the numbers are found: rtn, rounding to nearest.")
+        str,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="How the numbers are found: rtn, rounding to nearest; search, with ranges that suit the inputs; gptq, "
+            "with later columns making up for the errors of earlier ones.",
+        ),
     ] = "rtn",
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            "--calib",
+            metavar="FILE",
+            help="Text (.txt, or .jsonl with the key text) for methods that look at inputs: like what the model will "
+            "read. Default: stories that come with llmopt.",
+        ),
+    ] = None,
+    calib_tokens: Annotated[
+        int | None,
+        typer.Option("--calib-tokens", min=1, metavar="N", help="Read at most so many of its tokens. [default: 32768]"),
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,6 +114,8 @@ def quantize(
         output=output,
         scheme=parsed,
         method=method,
+        calib=calib,
+        calib_tokens=calib_tokens,
         overrides=overrides,
         ignore=tuple(ignore or ()),
         revision=revision,

@@ -144,12 +144,17 @@ def normalize(norm: Norm, weights: Weights, x: Tensor) -> Tensor:
 
 def feed_forward(mlp: Mlp, x: Tensor, apply: Apply) -> Tensor:
     """down(act(gate x) * up x), or down(act(up x)) without a gate."""
+    return apply(mlp.down, activated(mlp, x, apply))
+
+
+def activated(mlp: Mlp, x: Tensor, apply: Apply) -> Tensor:
+    """What the last product of an MLP reads."""
     act = _ACTIVATIONS[mlp.activation]
     inner = torch.cat([apply(linear, x) for linear in mlp.inputs], dim=-1)
     if not mlp.gated:
-        return apply(mlp.down, act(inner))
+        return act(inner)
     gate, up = inner.chunk(2, dim=-1)
-    return apply(mlp.down, act(gate) * up)
+    return act(gate) * up
 
 
 def attend(
@@ -162,6 +167,19 @@ def attend(
     cache: KvCache | None = None,
 ) -> Tensor:
     """Causal grouped-query attention, [B, T, H] to [B, T, H]; see `block_forward` for the rest."""
+    return apply(attention.output, mixed(attention, weights, x_BTH, turn, apply=apply, cache=cache))
+
+
+def mixed(
+    attention: Attention,
+    weights: Weights,
+    x_BTH: Tensor,
+    turn: Turn | None,
+    *,
+    apply: Apply,
+    cache: KvCache | None = None,
+) -> Tensor:
+    """What the last product of an attention reads: the values of all heads, mixed, [B, T, N D]."""
     batch, tokens, _ = x_BTH.shape
     qkv = torch.cat([apply(linear, x_BTH) for linear in attention.inputs], dim=-1)
     sizes = [attention.q_size, attention.kv_size, attention.kv_size]
@@ -183,7 +201,7 @@ def attend(
         scale=attention.scale,
         enable_gqa=attention.heads != attention.kv_heads,
     )
-    return apply(attention.output, mixed_BNTD.transpose(1, 2).reshape(batch, tokens, -1))
+    return mixed_BNTD.transpose(1, 2).reshape(batch, tokens, -1)
 
 
 def rotate(x: Tensor, turn: Turn) -> Tensor:

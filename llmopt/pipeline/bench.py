@@ -71,7 +71,8 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     for name, path, candidate in zip(request.candidates, paths, report.candidates, strict=True):
         if is_artifact(name):
             own_gates = tuple(gate for gate in report.gates if gate.candidate == candidate.name)
-            keep(path, replace(report, candidates=(candidate,), gates=own_gates))
+            settings = {**kept_settings(path), **report.settings}
+            keep(path, replace(report, candidates=(candidate,), gates=own_gates, settings=settings))
     return report
 
 
@@ -159,7 +160,8 @@ def assemble(
             name=f"baseline {Path(baseline_name).name}", engine=engine, metrics=own.metrics, extra=own.extra
         ),
         candidates=tuple(candidates),
-        settings={**kept_settings(paths), **outcome.settings},
+        # How several were made is in the report of each.
+        settings={**(kept_settings(paths[0]) if len(paths) == 1 else {}), **outcome.settings},
         notes=outcome.notes,
     )
 
@@ -181,10 +183,10 @@ def kept_layers(folder: Path) -> tuple[LayerResult, ...]:
     return tuple(LayerResult(**layer) for layer in candidates[0].get("layers", ()))
 
 
-def kept_settings(paths: Sequence[Path]) -> dict[str, Any]:
-    """How well the only candidate's export agreed when it was written; with several, each has its own report."""
-    verification = _kept(paths[0]).get("settings", {}).get("verification") if len(paths) == 1 else None
-    return {} if verification is None else {"verification": verification}
+def kept_settings(path: Path) -> dict[str, Any]:
+    """What the report of an artifact says of its making: what it was calibrated on, how well the export agreed."""
+    settings = _kept(path).get("settings", {})
+    return {name: settings[name] for name in ("calibration", "verification") if name in settings}
 
 
 def _kept(folder: Path) -> Mapping[str, Any]:

@@ -14,6 +14,8 @@ from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import CONFIG, GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.model.storage import stored_bytes
+from llmopt.model.tokenizer import Tokenizer
+from llmopt.pipeline.calibration import Calibration, CalibrationText
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.verify import References, Verification, verify
 from llmopt.pipeline.windows import verification_windows
@@ -35,6 +37,7 @@ class Export:
     method: Method | None
     seed: int
     threads: int
+    calibration: CalibrationText | None = None  # for a method that needs inputs
 
     @property
     def spec(self) -> ModelSpec:
@@ -54,11 +57,17 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
     write_companions(job.source, folder)
     windows = verification_windows(job.spec, folder, job.seed)
     references = References(job.spec, windows, rounds_activations=rounds_activations(job.assignments))
-    layers = write_graph(job, folder, references, progress)
+    calibration = None
+    if job.calibration is not None:
+        calibration = Calibration(job.spec, job.calibration.windows(job.spec, Tokenizer.from_folder(folder)))
+    layers = write_graph(job, folder, references, progress, calibration)
+    del calibration  # verification needs the memory
     return layers, verify(folder, references.exact, references.rounded, job.threads, progress)
 
 
-def write_graph(job: Export, folder: Path, references: References, progress: Progress) -> tuple[LayerResult, ...]:
+def write_graph(
+    job: Export, folder: Path, references: References, progress: Progress, calibration: Calibration | None = None
+) -> tuple[LayerResult, ...]:
     """Stream the model part by part: read, quantize, write, run the references, forget."""
     spec = job.spec
     layers: list[LayerResult] = []
@@ -67,7 +76,7 @@ def write_graph(job: Export, folder: Path, references: References, progress: Pro
         open_checkpoint(job.source) as checkpoint,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = PartReader(spec, checkpoint, job.assignments, job.method)
+        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration)
         embedding = parts.embedding()
         graph.embedding(embedding.weights)
         references.embedding(embedding.weights)

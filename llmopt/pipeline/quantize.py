@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmopt import __version__
 from llmopt.artifact import (
@@ -17,11 +18,14 @@ from llmopt.artifact import (
     write_json,
     write_manifest,
 )
+from llmopt.calibrate.text import built_in, load_documents
+from llmopt.errors import UsageError
 from llmopt.export.card import Card, card_text
 from llmopt.export.onnx.attention import require_heads
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
+from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
 from llmopt.pipeline.verify import Verification
 from llmopt.progress import Progress, Silent
@@ -40,6 +44,8 @@ class QuantizeRequest:
     output: Path
     scheme: Scheme
     method: str = "rtn"
+    calib: Path | None = None  # text for a method that needs inputs; None: what comes with llmopt
+    calib_tokens: int | None = None
     overrides: tuple[Override, ...] = ()
     ignore: tuple[str, ...] = ()
     revision: str | None = None
@@ -57,6 +63,7 @@ class Prepared:
     source: ModelSource
     method: Method
     assignments: Mapping[str, Assignment]
+    calibration: CalibrationText | None
 
     @property
     def estimated_bytes(self) -> int:
@@ -71,6 +78,7 @@ class Prepared:
             format=FORMAT,
             scheme=request.scheme.name,
             method=self.method.name,
+            calibration=None if self.calibration is None else self.calibration.entry(),
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
             ignore=request.ignore,
             seed=request.seed,
@@ -100,7 +108,25 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     )
     require_heads(source.spec)
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore)
-    return Prepared(request=request, source=source, method=method, assignments=assignments)
+    calibration = calibration_text(request, method)
+    return Prepared(request=request, source=source, method=method, assignments=assignments, calibration=calibration)
+
+
+def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationText | None:
+    """What a method that needs inputs is given to read.
+
+    Raises:
+        UsageError: text is given to a method that does not, or is not there.
+    """
+    if not method.needs_inputs:
+        if request.calib is not None or request.calib_tokens is not None:
+            raise UsageError(
+                f"method {method.name} looks at the weights alone: it reads no text",
+                hint="leave --calib out, or take another method",
+            )
+        return None
+    corpus = built_in("calibration") if request.calib is None else load_documents(request.calib)
+    return CalibrationText(corpus=corpus, tokens=request.calib_tokens or CALIBRATION_TOKENS)
 
 
 def quantize(request: QuantizeRequest, progress: Progress | None = None) -> QuantizeResult:
@@ -124,6 +150,7 @@ def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
         method=prepared.method,
         seed=request.seed,
         threads=request.threads,
+        calibration=prepared.calibration,
     )
     check_free_disk(request.output.parent, prepared.estimated_bytes)
     with staged(request.output, force=request.force) as folder:
@@ -157,13 +184,20 @@ def describe(
         metrics={"size_bytes": Measurement(value=size_bytes, n=1, unit="bytes")},
         layers=layers,
     )
-    known = prepared.source.spec.genai_type is not None
+    settings: dict[str, Any] = {"verification": dataclasses.asdict(verification)}
+    notes = []
+    if prepared.calibration is not None:
+        settings["calibration"] = prepared.calibration.entry()
+        if request.calib is None:
+            notes.append("calibrated on llmopt's own stories: --calib with text like what it will read is better")
+    if prepared.source.spec.genai_type is None:
+        notes.append("onnxruntime-genai does not know this family: there is no genai_config.json")
     return Report(
         host=describe_host(request.threads),
         versions=versions(),
         seed=request.seed,
         baseline=None,
         candidates=(candidate,),
-        settings={"verification": dataclasses.asdict(verification)},
-        notes=() if known else ("onnxruntime-genai does not know this family: there is no genai_config.json",),
+        settings=settings,
+        notes=tuple(notes),
     )

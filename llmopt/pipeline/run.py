@@ -96,6 +96,8 @@ def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> Quantiz
         output=Path(recipe.output) / step.name,
         scheme=parse_scheme(step.scheme),
         method=step.method,
+        calib=step.calib,
+        calib_tokens=step.calib_tokens,
         overrides=tuple((pattern, parse_scheme(scheme)) for pattern, scheme in step.overrides.items()),
         ignore=step.ignore,
         seed=options.seed,

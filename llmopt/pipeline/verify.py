@@ -26,7 +26,7 @@ from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.export.onnx.levels import in_float32
 from llmopt.measure.tokens import score
 from llmopt.model.spec import Block, ModelSpec
-from llmopt.pipeline.parts import Weights
+from llmopt.pipeline.calibration import Weights
 from llmopt.progress import Progress
 from llmopt.quantize.execute import quantized_apply
 from llmopt.quantize.weights import QuantizedWeight

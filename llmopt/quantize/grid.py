@@ -4,7 +4,7 @@ Everything here is tensors in, tensors out. Groups are [out, groups, size]; a la
 with zeros, which every grid represents exactly.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +40,24 @@ def round_to_codes(groups_OGS: Tensor, scales: Tensor, zeros: Tensor | float, le
     return groups_OGS.div(scales).round_().add_(zeros).clamp_(0, levels - 1)
 
 
-def symmetric_scales(groups_OGS: Tensor, bits: int, divisors: Iterable[float]) -> Tensor:
+def find_grid(
+    weight_OI: Tensor, scheme: Scheme, shrinks: Sequence[float], importance_I: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales [out, groups] and, for an asymmetric scheme, zero points: of each group's range as it is, or smaller by
+    a factor, that which leaves the least squared error, where `importance_I` says how much each input's error counts.
+    """
+    groups_OGS = grouped(weight_OI, scheme.group_size)
+    importance = None if importance_I is None else grouped(importance_I[None], scheme.group_size)
+    if scheme.symmetric:
+        half = 2.0 ** (scheme.bits - 1)
+        return symmetric_scales(groups_OGS, scheme.bits, [half / shrink for shrink in shrinks], importance), None
+    scales_OG, zero_points_OG = asymmetric_grid(groups_OGS, scheme.bits, shrinks, importance)
+    return scales_OG, zero_points_OG.to(torch.uint8)
+
+
+def symmetric_scales(
+    groups_OGS: Tensor, bits: int, divisors: Iterable[float], importance: Tensor | None = None
+) -> Tensor:
     """Scales of a grid around zero, [out, groups]: the candidate with the least squared error wins.
 
     The codes reach one step further down than up, so a scale takes the sign that puts the largest weight of its group
@@ -49,10 +66,13 @@ def symmetric_scales(groups_OGS: Tensor, bits: int, divisors: Iterable[float]) -
     largest_OG1 = groups_OGS.gather(-1, groups_OGS.abs().argmax(-1, keepdim=True))
     largest_OG = torch.where(largest_OG1 < 0, largest_OG1.clamp_max(-TINY), largest_OG1.clamp_min(TINY)).squeeze(-1)
     zeros_OG = torch.full_like(largest_OG, 2.0 ** (bits - 1))
-    return least_error(groups_OGS, [(-largest_OG / divisor, zeros_OG) for divisor in divisors], 2**bits)[0]
+    candidates = [(-largest_OG / divisor, zeros_OG) for divisor in divisors]
+    return least_error(groups_OGS, candidates, 2**bits, importance)[0]
 
 
-def asymmetric_grid(groups_OGS: Tensor, bits: int, shrinks: Iterable[float]) -> tuple[Tensor, Tensor]:
+def asymmetric_grid(
+    groups_OGS: Tensor, bits: int, shrinks: Iterable[float], importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scales and zero points that cover [min(w, 0), max(w, 0)] times a shrink, chosen by least squared error.
 
     Zero is always on the grid, so that padding and pruned weights stay exactly zero.
@@ -65,16 +85,22 @@ def asymmetric_grid(groups_OGS: Tensor, bits: int, shrinks: Iterable[float]) -> 
         scales = (high_OG * (shrink / top) - low_OG * (shrink / top)).clamp_min(TINY)
         zeros = (-low_OG * shrink / scales).round_().clamp_(0, top)
         candidates.append((scales, zeros))
-    return least_error(groups_OGS, candidates, 2**bits)
+    return least_error(groups_OGS, candidates, 2**bits, importance)
 
 
-def least_error(groups_OGS: Tensor, candidates: list[tuple[Tensor, Tensor]], levels: int) -> tuple[Tensor, Tensor]:
-    """For each group the (scale, zero point) whose rounding leaves the least squared error; the first wins a tie."""
+def least_error(
+    groups_OGS: Tensor, candidates: list[tuple[Tensor, Tensor]], levels: int, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """For each group the (scale, zero point) whose rounding leaves the least squared error; the first wins a tie.
+
+    `importance`, of a shape that broadcasts to that of the groups, weighs the squares.
+    """
     best_scales, best_zeros = (tensor.clone() for tensor in candidates[0])
     best_error = torch.full_like(best_scales, torch.inf)
     for scales, zeros in candidates:
         codes = round_to_codes(groups_OGS, scales[..., None], zeros[..., None], levels)
-        error = codes.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(groups_OGS).square_().sum(-1)
+        squares = codes.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(groups_OGS).square_()
+        error = (squares if importance is None else squares.mul_(importance)).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)

@@ -17,11 +17,17 @@ class InputStatistics:
     second_moment_II: Tensor
 
 
+def required(inputs: InputStatistics | None) -> InputStatistics:
+    """The statistics that a method cannot do without."""
+    assert inputs is not None, "this method is calibrated"
+    return inputs
+
+
 class Method(Protocol):
     """One way to find the codes. Pure: tensors in, tensors out.
 
     `rows_are_independent` promises that quantizing some rows gives the same as quantizing all, so that large tables
-    can be done in parts.
+    can be done in parts. `needs_inputs` asks for a calibration: without it `quantize` gets no statistics.
     """
 
     @property
@@ -32,6 +38,11 @@ class Method(Protocol):
     @property
     def rows_are_independent(self) -> bool:
         """Whether any subset of rows may be quantized by itself."""
+        ...
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it cannot do without statistics of the inputs."""
         ...
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:

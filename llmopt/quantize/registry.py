@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from llmopt.quantize.method import Method
 
 # Name, then where its class is.
-METHODS: Mapping[str, str] = {"rtn": "llmopt.quantize.rtn:Rtn"}
+METHODS: Mapping[str, str] = {
+    "rtn": "llmopt.quantize.rtn:Rtn",
+    "search": "llmopt.quantize.search:Search",
+    "gptq": "llmopt.quantize.gptq:Gptq",
+}
 
 
 def check_method(name: str) -> None:

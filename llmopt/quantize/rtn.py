@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from llmopt.quantize.grid import asymmetric_grid, grouped, quantize_to, symmetric_scales
+from llmopt.quantize.grid import find_grid, quantize_to
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.scheme import Scheme
@@ -23,18 +22,12 @@ class Rtn:
     clip_range: float = 0.3  # the tightest range tried is this much smaller than the full one
     name: str = "rtn"
     rows_are_independent: bool = True
+    needs_inputs: bool = False
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32. `inputs` is not used: rounding looks at the weight alone."""
         if scheme.activation_bits == 8:
             return quantize_rows(weight_OI, scheme)
-        groups_OGS = grouped(weight_OI, scheme.group_size)
         steps = self.clip_steps if scheme.bits < 8 else 1
         shrinks = [1 - self.clip_range * step / steps for step in range(steps)]
-        if scheme.symmetric:
-            half = 2.0 ** (scheme.bits - 1)
-            return quantize_to(
-                weight_OI, scheme, symmetric_scales(groups_OGS, scheme.bits, (half / s for s in shrinks)), None
-            )
-        scales_OG, zero_points_OG = asymmetric_grid(groups_OGS, scheme.bits, shrinks)
-        return quantize_to(weight_OI, scheme, scales_OG, zero_points_OG.to(torch.uint8))
+        return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks))

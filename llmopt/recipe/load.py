@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llmopt.errors import RecipeError, near_match
-from llmopt.recipe.document import Document, Keys, parse
+from llmopt.recipe.document import Document, Keys, Place, parse
 from llmopt.recipe.schema import SCHEMA, Recipe, Vocabulary
 
 _LARGEST_BYTES = 1_000_000
@@ -46,7 +46,7 @@ def load_recipe(path: Path, *, vocabulary: Vocabulary, assignments: Iterable[str
     _check_version(document)
     recipe = _validate(document, vocabulary)
     _check_names(recipe, document)
-    return _with_text_found(recipe, document)
+    return _with_texts_found(recipe, document)
 
 
 def _read(path: Path) -> str:
@@ -123,11 +123,23 @@ def _check_names(recipe: Recipe, document: Document) -> None:
         raise RecipeError("gates judge what was measured, and nothing is", where=str(where), hint="add `bench: {}`")
 
 
-def _with_text_found(recipe: Recipe, document: Document) -> Recipe:
-    if recipe.bench is None or recipe.bench.text is None:
+def _with_texts_found(recipe: Recipe, document: Document) -> Recipe:
+    """The recipe with its paths to text made those of files that are there."""
+    steps = []
+    for index, step in enumerate(recipe.steps):
+        calib = _found(step.quantize.calib, document.place(("steps", index, "quantize", "calib")))
+        steps.append(step.model_copy(update={"quantize": step.quantize.model_copy(update={"calib": calib})}))
+    recipe = recipe.model_copy(update={"steps": tuple(steps)})
+    if recipe.bench is None:
         return recipe
-    place = document.place(("bench", "text"))
-    text = place.folder / recipe.bench.text
-    if not text.is_file():
-        raise RecipeError(f"there is no file {str(text)!r}", where=str(place))
+    text = _found(recipe.bench.text, document.place(("bench", "text")))
     return recipe.model_copy(update={"bench": recipe.bench.model_copy(update={"text": text})})
+
+
+def _found(text: Path | None, place: Place) -> Path | None:
+    if text is None:
+        return None
+    found = place.folder / text
+    if not found.is_file():
+        raise RecipeError(f"there is no file {str(found)!r}", where=str(place))
+    return found

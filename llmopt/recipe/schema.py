@@ -92,6 +92,10 @@ class QuantizeStep(_Section):
     """Such as w8a16, w4a16-g32-asym or w8a8."""
     method: Annotated[str, AfterValidator(_known_method)] = "rtn"
     """How the numbers are found."""
+    calib: Annotated[Path | None, Field(strict=False)] = None
+    """Text to calibrate on, for methods that need it: a file, relative to the recipe. null: llmopt's own stories."""
+    calib_tokens: Count | None = None
+    """How much of it is read, in tokens. null: 32768."""
     ignore: Many[str] = ()
     """Patterns of linears that keep their weights."""
     overrides: dict[str, Scheme] = {}

@@ -10,6 +10,8 @@ from llmopt.errors import UsageError
 from llmopt.quantize.registry import METHODS, check_method, find_method
 from llmopt.quantize.scheme import parse_scheme
 
+KNOWN = "known here: rtn, search, gptq"
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_found_by_the_name_that_it_goes_by(name: str) -> None:
@@ -26,7 +28,7 @@ def test_a_method_quantizes(name: str) -> None:
     assert quantized.relative_error(weight_OI) < 0.01
 
 
-@pytest.mark.parametrize(("name", "hint"), [("rtnn", "did you mean 'rtn'? known here: rtn"), ("magic", "known here: rtn")])
+@pytest.mark.parametrize(("name", "hint"), [("rtnn", f"did you mean 'rtn'? {KNOWN}"), ("magic", KNOWN)])
 @pytest.mark.parametrize("find", [check_method, find_method])
 def test_an_unknown_method_is_a_mistake_with_a_hint(find, name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=f"no method '{name}'") as caught:

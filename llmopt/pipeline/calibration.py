@@ -1,0 +1,178 @@
+"""One pass of text through the model, block by block, in which every linear sees the inputs that it will have.
+
+The hidden states of all windows go through a block in four steps, one for each group of linears that share an input.
+Before a group is quantized, what enters it is summed up; behind it, the windows go on through the quantized weights, so
+each layer is fitted to what the layers before it really give. One block is in memory, and the hidden states.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmopt.calibrate.text import Corpus
+from llmopt.calibrate.windows import windows
+from llmopt.engine.base import TokenIds
+from llmopt.engine.blocks import RotaryTables, activated, embed, mixed, normalize
+from llmopt.errors import LlmoptError, UsageError
+from llmopt.model.rotary import longest_sequence
+from llmopt.model.spec import Block, Linear, ModelSpec, Norm
+from llmopt.model.tokenizer import Tokenizer
+from llmopt.quantize.execute import round_rows
+from llmopt.quantize.method import InputStatistics
+from llmopt.quantize.weights import QuantizedWeight
+
+Weights = dict[str, Tensor | QuantizedWeight]
+# Quantizes some linears that share their input, whose statistics these are, and puts them among the weights.
+QuantizeGroup = Callable[[Sequence[Linear], InputStatistics], None]
+
+
+CALIBRATION_TOKENS = 64 * 512
+WINDOW = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationText:
+    """What is calibrated on: at most `tokens` tokens of a text."""
+
+    corpus: Corpus
+    tokens: int
+
+    def entry(self) -> dict[str, str | int]:
+        """As manifests and reports name it."""
+        return {"text": self.corpus.name, "sha256": self.corpus.sha256, "tokens": self.tokens, "window": WINDOW}
+
+    def windows(self, spec: ModelSpec, tokenizer: Tokenizer) -> list[TokenIds]:
+        """The text in the model's tokens."""
+        found = windows(self.corpus, tokenizer, min(WINDOW, longest_sequence(spec)), self.tokens)
+        # A tokenizer may know more tokens than the model has rows.
+        return [np.minimum(ids, spec.vocab_size - 1) for ids in found.ids]
+
+
+class Moment:
+    """The second moment of inputs that come window by window."""
+
+    def __init__(self, width: int) -> None:
+        self.sum_II = torch.zeros((width, width))
+        self.tokens = 0
+
+    def add(self, x_BTI: Tensor) -> None:
+        """Add Σ x xᵀ over all tokens."""
+        x_NI = x_BTI.flatten(0, -2)
+        self.sum_II.addmm_(x_NI.T, x_NI)
+        self.tokens += len(x_NI)
+
+    def statistics(self, name: str) -> InputStatistics:
+        """The mean.
+
+        Raises:
+            LlmoptError: the inputs of the linear of that name are not finite.
+        """
+        if not bool(self.sum_II.isfinite().all()):
+            raise LlmoptError("in calibration the inputs of a linear are NaN or infinite", where=name)
+        return InputStatistics(tokens=self.tokens, second_moment_II=self.sum_II / self.tokens)
+
+
+@dataclass
+class Calibration:
+    """Windows of text on their way through the model: `embedding`, then `block` for each block, then `head`.
+
+    Raises:
+        UsageError: there are fewer tokens than a linear has inputs, which would leave its second moment singular.
+    """
+
+    spec: ModelSpec
+    windows: Sequence[TokenIds]
+    hidden: list[Tensor] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        """Fail before anything is read."""
+        tokens = sum(map(len, self.windows))
+        widest = max(self.spec.linears(), key=lambda linear: linear.in_features)
+        if tokens < widest.in_features:
+            raise UsageError(
+                f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
+                hint="give more text with --calib, or more of it with --calib-tokens",
+            )
+        self.tables = RotaryTables(self.spec, max(map(len, self.windows)))
+
+    @torch.inference_mode()
+    def embedding(self, weights: Weights) -> None:
+        """Look the tokens up in the table as it is stored."""
+        dense = {name: densify(weight) for name, weight in weights.items()}
+        self.hidden = [embed(self.spec.embedding, dense, torch.from_numpy(ids)[None]) for ids in self.windows]
+
+    @torch.inference_mode()
+    def block(self, block: Block, weights: Weights, quantize: QuantizeGroup) -> None:
+        """Have the linears of a block quantized, group by group, and go through it.
+
+        `weights` holds its norms, and what `quantize` puts there.
+        """
+        run = _BlockRun(weights)
+        norms = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        attention, mlp = block.attention, block.mlp
+
+        def enter(norm: Norm, hidden: Tensor) -> Tensor:
+            return normalize(norm, norms, hidden)
+
+        def add(index: int, branch: Tensor, post_norm: Norm | None) -> None:
+            self.hidden[index] = self.hidden[index] + (branch if post_norm is None else enter(post_norm, branch))
+
+        def fit(linears: Sequence[Linear], inputs: Iterable[Tensor]) -> None:
+            quantize(linears, _moment(linears[0], inputs).statistics(linears[0].name))
+
+        fit(attention.inputs, (enter(block.attention_norm, hidden) for hidden in self.hidden))
+        heads = []
+        for hidden in self.hidden:
+            turn = self.tables.turn(block, 0, hidden.shape[1])
+            heads.append(mixed(attention, norms, enter(block.attention_norm, hidden), turn, apply=run.apply))
+        fit([attention.output], heads)
+        for index, values in enumerate(heads):
+            add(index, run.apply(attention.output, values), block.attention_post_norm)
+        del heads
+        fit(mlp.inputs, (enter(block.mlp_norm, hidden) for hidden in self.hidden))
+        # Twice: what the last product reads is several times as wide as what is kept.
+        fit([mlp.down], (activated(mlp, enter(block.mlp_norm, hidden), run.apply) for hidden in self.hidden))
+        for index, hidden in enumerate(self.hidden):
+            inner = activated(mlp, enter(block.mlp_norm, hidden), run.apply)
+            add(index, run.apply(mlp.down, inner), block.mlp_post_norm)
+
+    @torch.inference_mode()
+    def head(self, weights: Weights) -> InputStatistics:
+        """What enters the head."""
+        norms = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        inputs = (normalize(self.spec.final_norm, norms, hidden) for hidden in self.hidden)
+        return _moment(self.spec.head, inputs).statistics(self.spec.head.name)
+
+
+def _moment(linear: Linear, inputs: Iterable[Tensor]) -> Moment:
+    moment = Moment(linear.in_features)
+    for x in inputs:
+        moment.add(x)
+    return moment
+
+
+class _BlockRun:
+    """Applies the linears of a block; each quantized weight is unpacked once, not for every window."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.dense: dict[str, Tensor] = {}
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        name = linear.weight.name
+        weight = self.weights[name]
+        if name not in self.dense:
+            self.dense[name] = densify(weight)
+        if isinstance(weight, QuantizedWeight) and weight.scheme.activation_bits == 8:
+            x = round_rows(x)
+        bias = self.weights[f"{linear.name}.bias"] if linear.bias else None
+        assert not isinstance(bias, QuantizedWeight)
+        return torch.nn.functional.linear(x, self.dense[name], bias)
+
+
+def densify(weight: Tensor | QuantizedWeight) -> Tensor:
+    """A weight as floats."""
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight

@@ -1,0 +1,33 @@
+"""Round to nearest on the grid that the inputs ask for: an error counts as much as what it is multiplied by."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmopt.quantize.grid import find_grid, quantize_to
+from llmopt.quantize.int8 import quantize_rows
+from llmopt.quantize.method import InputStatistics, required
+from llmopt.quantize.scheme import Scheme
+from llmopt.quantize.weights import QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Each group's range searched by squared error, weighted by the second moment of each input.
+
+    That is the error of the outputs if inputs were uncorrelated; llama.cpp calls the weights an importance matrix.
+    """
+
+    clip_steps: int = 16
+    clip_range: float = 0.5  # the tightest range tried is this much smaller than the full one
+    name: str = "search"
+    rows_are_independent: bool = True
+    needs_inputs: bool = True
+
+    def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
+        """Quantize one weight, [out, in] float32."""
+        if scheme.activation_bits == 8:
+            return quantize_rows(weight_OI, scheme)
+        shrinks = [1 - self.clip_range * step / self.clip_steps for step in range(self.clip_steps)]
+        importance_I = required(inputs).second_moment_II.diagonal()
+        return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks, importance_I))
