@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {
     "recipes/int8-cpu.yaml": 0,
     "recipes/int4-cpu.yaml": 0,
+    "recipes/int4-gptq.yaml": 0,
     "recipes/ci-gate.yaml": 0,
 }
 

@@ -5,7 +5,7 @@ Before a group is quantized, what enters it is summed up; behind it, the windows
 each layer is fitted to what the layers before it really give. One block is in memory, and the hidden states.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,8 @@ QuantizeGroup = Callable[[Sequence[Linear], InputStatistics], None]
 
 CALIBRATION_TOKENS = 64 * 512
 WINDOW = 512
+PANELS, MIN_PANEL = 4, 64
+KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +54,22 @@ class CalibrationText:
 
 
 class Moment:
-    """The second moment of inputs that come window by window."""
+    """The second moment of inputs that come window by window.
+
+    It is symmetric, and products of panels that lie above the diagonal are not computed: 5/8 of the work with 4 panels.
+    """
 
     def __init__(self, width: int) -> None:
-        self.sum_II = torch.zeros((width, width))
+        self.sum_II = torch.zeros((width, width))  # below the diagonal, and a little above it
         self.tokens = 0
+        self.panel = max(MIN_PANEL, -(-width // PANELS))
 
     def add(self, x_BTI: Tensor) -> None:
         """Add Σ x xᵀ over all tokens."""
         x_NI = x_BTI.flatten(0, -2)
-        self.sum_II.addmm_(x_NI.T, x_NI)
+        for start in range(0, x_NI.shape[1], self.panel):
+            stop = start + self.panel
+            self.sum_II[start:, start:stop].addmm_(x_NI[:, start:].T, x_NI[:, start:stop])
         self.tokens += len(x_NI)
 
     def statistics(self, name: str) -> InputStatistics:
@@ -72,7 +80,8 @@ class Moment:
         """
         if not bool(self.sum_II.isfinite().all()):
             raise LlmoptError("in calibration the inputs of a linear are NaN or infinite", where=name)
-        return InputStatistics(tokens=self.tokens, second_moment_II=self.sum_II / self.tokens)
+        lower_II = self.sum_II.tril().div_(self.tokens)
+        return InputStatistics(tokens=self.tokens, second_moment_II=lower_II + lower_II.tril(-1).T)
 
 
 @dataclass
@@ -133,11 +142,15 @@ class Calibration:
             add(index, run.apply(attention.output, values), block.attention_post_norm)
         del heads
         fit(mlp.inputs, (enter(block.mlp_norm, hidden) for hidden in self.hidden))
-        # Twice: what the last product reads is several times as wide as what is kept.
-        fit([mlp.down], (activated(mlp, enter(block.mlp_norm, hidden), run.apply) for hidden in self.hidden))
-        for index, hidden in enumerate(self.hidden):
-            inner = activated(mlp, enter(block.mlp_norm, hidden), run.apply)
-            add(index, run.apply(mlp.down, inner), block.mlp_post_norm)
+
+        def inner() -> Iterator[Tensor]:
+            return (activated(mlp, enter(block.mlp_norm, hidden), run.apply) for hidden in self.hidden)
+
+        wide = 4 * mlp.down.in_features * sum(map(len, self.windows))
+        kept = list(inner()) if wide <= KEPT_BYTES else None
+        fit([mlp.down], inner() if kept is None else kept)
+        for index, x in enumerate(inner() if kept is None else kept):
+            add(index, run.apply(mlp.down, x), block.mlp_post_norm)
 
     @torch.inference_mode()
     def head(self, weights: Weights) -> InputStatistics:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from llmopt.pipeline.calibration import Calibration, Weights
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.method import InputStatistics, Method
 from llmopt.quantize.rtn import Rtn
-from llmopt.quantize.weights import QuantizedWeight, stack_rows
+from llmopt.quantize.scheme import Scheme
+from llmopt.quantize.weights import QuantizedWeight, split_rows, stack_rows
 from llmopt.report.results import LayerResult
 
 # Weights in flight while a table is quantized: rounding holds a few temporaries of this size.
@@ -83,30 +85,50 @@ class PartReader:
         return part
 
     def _add(self, part: Part, linears: Sequence[Linear], inputs: InputStatistics | None) -> None:
-        """Read linears that share their inputs into a part."""
-        for linear in linears:
-            weight, layer = self._quantized(linear.name, linear.weight, transposed=linear.transposed, inputs=inputs)
-            part.weights[linear.weight.name] = weight
-            part.layers.append(layer)
-            part.weights.update(self._read([tensor for tensor in linear.tensors() if tensor != linear.weight]))
+        """Read linears that share their inputs into a part; those of one scheme are fitted to them as one weight."""
+        for scheme, group in groupby(linears, key=lambda linear: self.assignments[linear.name].scheme):
+            alike = list(group)
+            if inputs is None or scheme is None or self.method is None:
+                found = [self._quantized(one.name, one.weight, transposed=one.transposed) for one in alike]
+            else:
+                found = self._fitted(alike, scheme, self.method, inputs)
+            for linear, (weight, layer) in zip(alike, found, strict=True):
+                part.weights[linear.weight.name] = weight
+                part.layers.append(layer)
+                part.weights.update(self._read([tensor for tensor in linear.tensors() if tensor != linear.weight]))
+
+    def _fitted(
+        self, linears: Sequence[Linear], scheme: Scheme, method: Method, inputs: InputStatistics
+    ) -> list[tuple[Tensor | QuantizedWeight, LayerResult]]:
+        """What a method makes of linears above one another: what it finds from their inputs, it finds once."""
+        assert method.rows_are_independent, method.name
+        weights = [self._read_linear(linear.weight, transposed=linear.transposed) for linear in linears]
+        whole = method.quantize(torch.cat(weights), scheme, inputs)
+        parts = split_rows(whole, [len(weight) for weight in weights])
+        return [
+            (part, self._result(linear.name, part, part.relative_error(weight), method.name))
+            for linear, weight, part in zip(linears, weights, parts, strict=True)
+        ]
 
     def _read(self, tensors: list[TensorSpec]) -> Weights:
         return {tensor.name: self.checkpoint.read(tensor) for tensor in tensors}
 
+    def _read_linear(self, tensor: TensorSpec, *, transposed: bool) -> Tensor:
+        weight = self.checkpoint.read(tensor)
+        return weight.T.contiguous() if transposed else weight
+
     def _quantized(
-        self, name: str, tensor: TensorSpec, *, transposed: bool, inputs: InputStatistics | None = None
+        self, name: str, tensor: TensorSpec, *, transposed: bool
     ) -> tuple[Tensor | QuantizedWeight, LayerResult]:
         scheme, method = self.assignments[name].scheme, self.method
         if method is None or scheme is None:
-            weight = self.checkpoint.read(tensor)
-            plain = weight.T.contiguous() if transposed else weight
+            plain = self._read_linear(tensor, transposed=transposed)
             return plain, self._result(name, plain, None, None)
-        if method.needs_inputs and inputs is None:
+        if method.needs_inputs:  # which this one has none of
             method = Rtn()
-        if transposed or inputs is not None or not method.rows_are_independent:
-            weight = self.checkpoint.read(tensor)
-            weight = weight.T.contiguous() if transposed else weight
-            quantized = method.quantize(weight, scheme, inputs)
+        if transposed or not method.rows_are_independent:
+            weight = self._read_linear(tensor, transposed=transposed)
+            quantized = method.quantize(weight, scheme)
             return quantized, self._result(name, quantized, quantized.relative_error(weight), method.name)
         rows, columns = tensor.shape
         step = max(1, CHUNK_WEIGHTS // columns)

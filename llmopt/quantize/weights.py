@@ -43,6 +43,16 @@ def spread(values_OG: Tensor, group_size: int, columns: int) -> Tensor:
     return values_OG.float().repeat_interleave(group_size, dim=1)[:, :columns]
 
 
+def split_rows(whole: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
+    """What `stack_rows` put together, apart again: parts with so many rows each."""
+    codes, scales = torch.split(whole.codes_OI, sizes), torch.split(whole.scales_OG, sizes)
+    zeros = [None] * len(sizes) if whole.zero_points_OG is None else torch.split(whole.zero_points_OG, sizes)
+    return [
+        QuantizedWeight(scheme=whole.scheme, codes_OI=codes_OI, scales_OG=scales_OG, zero_points_OG=zeros_OG)
+        for codes_OI, scales_OG, zeros_OG in zip(codes, scales, zeros, strict=True)
+    ]
+
+
 def stack_rows(parts: list[QuantizedWeight]) -> QuantizedWeight:
     """The weights above one another, as one: chunks of a table, or linears that share their input.
 

@@ -80,9 +80,12 @@ def recorded_inputs(spec: ModelSpec, scheme: str) -> tuple[dict[str, Tensor], di
     norms = {name: weight for name, weight in head.weights.items() if isinstance(weight, Tensor)}
     for state in hidden:
         see(spec.head, normalize(spec.final_norm, norms, state))
-    names = [linear.name for block in spec.blocks for linear in block.linears()]
-    names += [] if spec.tied else [spec.head.name]
-    given = dict(zip(names, (inputs for _, inputs in method.seen), strict=True))  # type: ignore[attr-defined]
+    groups: list[Sequence[Linear]] = []
+    for block in spec.blocks:
+        groups += [block.attention.inputs, [block.attention.output], block.mlp.inputs, [block.mlp.down]]
+    groups += [] if spec.tied else [[spec.head]]
+    seen = [inputs for _, inputs in method.seen]  # type: ignore[attr-defined]
+    given = {linear.name: inputs for group, inputs in zip(groups, seen, strict=True) for linear in group}
     return {name: moment / sum(map(len, WINDOWS)) for name, moment in found.items()}, given
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmopt.errors import UsageError
+from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.registry import METHODS, check_method, find_method
 from llmopt.quantize.scheme import parse_scheme
 
@@ -24,7 +25,8 @@ def test_a_method_is_found_by_the_name_that_it_goes_by(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_quantizes(name: str) -> None:
     weight_OI = torch.randn((8, 64), generator=torch.Generator().manual_seed(0))
-    quantized = find_method(name).quantize(weight_OI, parse_scheme("w8a16"))
+    inputs = InputStatistics(tokens=1, second_moment_II=torch.eye(weight_OI.shape[1]))
+    quantized = find_method(name).quantize(weight_OI, parse_scheme("w8a16"), inputs)
     assert quantized.relative_error(weight_OI) < 0.01
 
 

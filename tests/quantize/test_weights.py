@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmopt.quantize.scheme import parse_scheme
-from llmopt.quantize.weights import QuantizedWeight, stack_rows
+from llmopt.quantize.weights import QuantizedWeight, split_rows, stack_rows
 
 SCHEMES = ["w4a16", "w4a16-sym", "w4a16-channel", "w8a16", "w8a16-g32-asym", "w8a8"]
 
@@ -63,3 +63,11 @@ def test_stacked_rows_stand_for_the_rows_above_one_another(name: str) -> None:
     stacked = stack_rows([upper, lower])
     assert stacked.scheme == upper.scheme
     assert torch.equal(stacked.dequantize(), torch.cat([upper.dequantize(), lower.dequantize()]))
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w8a16", "w8a8"])
+def test_rows_that_were_put_together_come_apart_again(name: str) -> None:
+    parts = [random_weight(name, rows, seed=rows) for rows in (3, 1, 5)]
+    for apart, part in zip(split_rows(stack_rows(parts), [3, 1, 5]), parts, strict=True):
+        assert torch.equal(apart.codes_OI, part.codes_OI)
+        assert torch.equal(apart.dequantize(), part.dequantize())
