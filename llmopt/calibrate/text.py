@@ -19,6 +19,8 @@ from llmopt.errors import UsageError
 # ` = Title = ` starts an article of WikiText, ` = = Title = = ` is a section of one.
 _TITLE = re.compile(r"^ ?= (?!=).*(?<!=) = ?$", re.MULTILINE)
 _SEPARATOR = re.compile(r"^(?:---|\f)[ \t]*(?:\n|\Z)", re.MULTILINE)
+BUILT_IN = "built-in demo text"
+BUILT_IN_CALIBRATION = "built-in demo text for calibration"
 _FORMATS = 'a .txt file, or a .jsonl file of objects with the key "text"'
 
 
@@ -42,7 +44,7 @@ class Corpus:
 
 def built_in(split: Literal["calibration", "evaluation"] = "evaluation", count: int = 400, seed: int = 0) -> Corpus:
     """The demo's stories, about 100 tokens each; what is calibrated on is never evaluated on."""
-    name = "built-in demo text" + (" for calibration" if split == "calibration" else "")
+    name = BUILT_IN_CALIBRATION if split == "calibration" else BUILT_IN
     return Corpus(name, tuple(document.text for document in demo.documents(split, count, seed)))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from llmopt.artifact import Manifest
+from llmopt.calibrate.text import BUILT_IN_CALIBRATION
 from llmopt.report.markdown import code, comparison_table, escape, layer_table
 from llmopt.report.results import METRICS, TIMING_METRICS, Report
 
@@ -114,7 +115,16 @@ def _introduction(card: Card) -> str:
     return (
         f"{escape(manifest.source.name)}{architecture}{revision}, quantized{scheme} and written as ONNX for "
         f"onnxruntime. The weights that it was made from have the fingerprint {code(manifest.source.fingerprint)}."
+        f"{_calibration(manifest)}"
     )
+
+
+def _calibration(manifest: Manifest) -> str:
+    read = manifest.calibration
+    if read is None:
+        return ""
+    text, sha256 = escape(str(read["text"])), code(str(read["sha256"]))
+    return f" It was fitted to at most {read['tokens']} tokens of {text}, whose SHA-256 is {sha256}."
 
 
 def _measured(card: Card) -> str:
@@ -143,6 +153,10 @@ def _command(manifest: Manifest) -> str:
         words += ["--revision", manifest.source.revision]
     if manifest.scheme:
         words += ["--scheme", manifest.scheme, "--method", manifest.method or "rtn"]
+    if manifest.calibration is not None:
+        if manifest.calibration["text"] != BUILT_IN_CALIBRATION:
+            words += ["--calib", str(manifest.calibration["text"])]
+        words += ["--calib-tokens", str(manifest.calibration["tokens"])]
     for pattern, scheme in manifest.overrides.items():
         words += ["--override", f"{pattern}={scheme}"]
     for pattern in manifest.ignore:

@@ -7,6 +7,7 @@ import yaml
 
 from llmopt.artifact import Manifest
 from llmopt.artifact.manifest import FileEntry, Source
+from llmopt.calibrate.text import BUILT_IN_CALIBRATION
 from llmopt.export.card import Card, card_text
 from llmopt.report.results import METRICS, Candidate, Delta, LayerResult, Measurement, Report, Subject
 
@@ -106,6 +107,16 @@ def test_the_command_makes_it_again():
     ]
 
 
+def test_what_was_calibrated_on_is_told_and_given_again():
+    read = {"text": "wiki.txt", "sha256": "beef", "tokens": 5000, "window": 512}
+    text = card(manifest(method="gptq", calibration=read))
+    assert "at most 5000 tokens of wiki.txt, whose SHA-256 is `beef`" in text
+    assert command(text)[-4:] == ["--calib", "wiki.txt", "--calib-tokens", "5000"]
+    own = card(manifest(method="gptq", calibration=read | {"text": BUILT_IN_CALIBRATION}))
+    assert "--calib" not in command(own)
+    assert command(own)[-2:] == ["--calib-tokens", "5000"]
+
+
 def test_genai_is_shown_only_where_it_opens_the_folder():
     assert "import onnxruntime_genai" in card()
     without = card(manifest(files={}))
@@ -132,10 +143,14 @@ def test_layers_are_listed_with_equal_blocks_in_one_row():
 
 
 def test_what_comes_from_outside_cannot_add_lines_blocks_or_markup():
-    hostile = manifest(HOSTILE, ignore=(HOSTILE,))
+    read = {"text": HOSTILE, "sha256": "beef", "tokens": 5000, "window": 512}
+    hostile = manifest(HOSTILE, ignore=(HOSTILE,), calibration=read)
     layers = (LayerResult(name=HOSTILE, scheme=None, method=None, reason=HOSTILE),)
     text = card(hostile, report(layers=layers), config={"architectures": [HOSTILE]})
-    harmless = card(manifest("harmless", ignore=("x",)), report(layers=(replace(layers[0], name="y", reason="z"),)))
+    harmless = card(
+        manifest("harmless", ignore=("x",), calibration=read | {"text": "z"}),
+        report(layers=(replace(layers[0], name="y", reason="z"),)),
+    )
     assert text.count("\n") == harmless.count("\n")
     assert text.count("```") == harmless.count("```")
     assert text.count("\n---\n") == 1

@@ -15,6 +15,12 @@ pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore::DeprecationW
 PEAK_BYTES = 1.5e9
 # The least text that tells 0.2 % of perplexity apart; WikiText itself is not the project's to ship.
 TOKENS = "4096"
+ARTIFACTS = {
+    "w8a16": ["--scheme", "w8a16"],
+    "w4a16": ["--scheme", "w4a16"],
+    "w8a8": ["--scheme", "w8a8"],
+    "gptq": ["--scheme", "w4a16", "--method", "gptq", "--calib-tokens", "8192"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +30,16 @@ def model():
 
 @pytest.fixture(scope="session")
 def artifacts(model, tmp_path_factory):
-    """Each scheme's artifact, written by a process of its own whose peak memory is kept beside it."""
+    """Each artifact, written by a process of its own whose peak memory is kept beside it."""
     folder = tmp_path_factory.mktemp("artifacts")
     peaks = {}
-    for scheme in ("w8a16", "w4a16", "w8a8"):
-        command = [sys.executable, "-m", "llmopt", "quantize", str(model), "-o", str(folder / scheme), "-q"]
-        process = subprocess.Popen([*command, "--scheme", scheme, "--threads", "2"], stdout=subprocess.DEVNULL)
+    for name, options in ARTIFACTS.items():
+        command = [sys.executable, "-m", "llmopt", "quantize", str(model), "-o", str(folder / name), "-q"]
+        process = subprocess.Popen([*command, *options, "--threads", "2"], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)  # or subprocess warns of a process left running
-        assert process.returncode == 0, scheme
-        peaks[scheme] = usage.ru_maxrss * 1024
+        assert process.returncode == 0, name
+        peaks[name] = usage.ru_maxrss * 1024
     return folder, peaks
 
 
@@ -41,7 +47,7 @@ def artifacts(model, tmp_path_factory):
 def report(model, artifacts, tmp_path_factory):
     """Every artifact against the model, on the text that comes with llmopt."""
     folder, peaks = artifacts
-    command = [sys.executable, "-m", "llmopt", "bench", *(str(folder / scheme) for scheme in peaks)]
+    command = [sys.executable, "-m", "llmopt", "bench", *(str(folder / name) for name in peaks)]
     command += ["--baseline", str(model), "--tokens", TOKENS, "--no-latency", "--json", "-q"]
     environment = os.environ | {"LLMOPT_CACHE": str(tmp_path_factory.mktemp("cache"))}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
@@ -67,6 +73,12 @@ def test_eight_bits_cost_nothing_that_this_text_can_show(report):
     delta = report["w8a16"]["deltas"]["perplexity"]
     assert delta["low"] <= 0.002
     assert abs(delta["relative"]) <= 0.01
+
+
+def test_text_is_worth_more_than_rounding(report):
+    """The same scheme and size: the whole interval of the one below that of the other."""
+    gptq, rounded = (report[name]["metrics"]["kl_divergence"] for name in ("gptq", "w4a16"))
+    assert gptq["high"] < rounded["low"]
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16", "w8a8"])
