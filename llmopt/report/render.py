@@ -17,6 +17,7 @@ from llmopt.report.rows import COLUMNS, GATE_COLUMNS, MetricRows, comparison, ga
 # Only a rule under the head, drawn with what every stream can show.
 HEAD_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 GAP = 3  # blanks between columns
+READABLE = 20  # the least width of a column of sentences
 # For streams that cannot show them, such as a Windows pipe in code page 1252 or a C locale.
 PLAIN_GLYPHS = {"—": "-", "–": "-", "±": "+/-", "×": "x", "…": "..."}
 
@@ -70,8 +71,13 @@ def _stacked(row: Sequence[str]) -> list[str]:
     return [name, *(f"{above}\n{below}".rstrip() for above, below in zip(cells[::2], cells[1::2], strict=True))]
 
 
-def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
+def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Where space is short, the last column is folded first: it holds sentences, and the others names and numbers."""
     table = _table(columns, console)
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)][:-1]
+    if sum(widths) + GAP * len(columns) + READABLE <= console.width:
+        for column, width in zip(table.columns, widths, strict=False):
+            column.min_width = width
     for row in rows:
         table.add_row(*(_text(cell, console) for cell in row))
     console.print(table)

@@ -159,3 +159,11 @@ def test_a_report_without_a_baseline_still_renders(report):
     alone = replace(report, baseline=None, gates=(), notes=())
     assert "28.71" in printed(alone)
     assert "28.71" in as_markdown(alone)
+
+
+def test_names_of_layers_stay_whole_where_sentences_can_be_folded():
+    reason = "tables keep 8 bits and float activations unless an override names them"
+    layer = LayerResult(name="model.layers.0.self_attn.q_proj", scheme="w4a16-g32-asym", method="gptq", reason=reason)
+    text = printed([layer, replace(layer, name="model.layers.12.self_attn.q_proj")], width=110, show=print_layers)
+    assert "model.layers.{0,12}.self_attn.q_proj " in text
+    assert max(map(len, text.splitlines())) <= 110
