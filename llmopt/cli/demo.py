@@ -51,4 +51,4 @@ def draw(report: "Report", output: Path | None, on: "RichConsole") -> None:
     say("  llmopt quantize MODEL -o OUT --scheme w4a16")
     say("  llmopt bench OUT --baseline MODEL --text FILE --assert 'perplexity <= +5%'")
     kept = output / "w4a16" if output is not None else Path("OUT")
-    say(f'  llmopt generate {kept} "Once upon a time"')
+    say(f'  llmopt generate {kept} "In the morning"')

@@ -37,7 +37,7 @@ def generate(
 ) -> None:
     """Generate text, shown as it comes.
 
-    Example: llmopt generate demo-int4 "Once upon a time" --max-tokens 60
+    Example: llmopt generate demo-int4 "In the morning" --max-tokens 60
     """
     from llmopt.pipeline.generate import GenerateRequest
     from llmopt.pipeline.generate import generate as do_generate

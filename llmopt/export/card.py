@@ -33,7 +33,7 @@ tokenizer = og.Tokenizer(model)
 parameters = og.GeneratorParams(model)
 parameters.set_search_options(max_length=200)
 generator = og.Generator(model, parameters)
-generator.append_tokens(tokenizer.encode("Once upon a time"))
+generator.append_tokens(tokenizer.encode("In the morning"))
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))
@@ -77,7 +77,7 @@ def card_text(card: Card) -> str:
         "## Measured",
         _measured(card),
         "## Run it",
-        'With llmopt, in this folder:\n\n```sh\nllmopt generate . "Once upon a time"\n```',
+        'With llmopt, in this folder:\n\n```sh\nllmopt generate . "In the morning"\n```',
         *([_GENAI] if card.genai else []),
         "## Make it again",
         f"```sh\n{_command(card.manifest)}\n```",

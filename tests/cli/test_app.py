@@ -115,7 +115,9 @@ def test_a_good_recipe_is_shown_with_its_defaults(llmopt_, recipe):
 def test_a_bad_recipe_ends_with_2_and_names_the_line(llmopt_, recipe):
     done = llmopt_("recipe", "check", recipe(RECIPE + "sead: 4\n"))
     assert done.returncode == 2
-    assert done.stderr == "error: unknown key 'sead'\n  in: r.yaml:6:1\n  try: did you mean 'seed'?\n"
+    assert done.stderr.startswith(
+        "error: unknown key 'sead'\n  in: r.yaml:6:1\n  try: did you mean 'seed'? known here: schema, model,"
+    )
 
 
 def test_debug_shows_the_traceback(llmopt_, recipe):
