@@ -50,7 +50,8 @@ def quantize(
             "--method",
             metavar="METHOD",
             help="How the numbers are found: rtn, rounding to nearest; search, with ranges that suit the inputs; gptq, "
-            "with later columns making up for the errors of earlier ones.",
+            "with later columns making up for the errors of earlier ones. Before it may stand awq or smoothquant, "
+            "which scale inputs against weights: smoothquant+gptq.",
         ),
     ] = "rtn",
     calib: Annotated[
@@ -165,7 +166,7 @@ def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
     """Each layer with what it is to get."""
     from llmopt.report.results import LayerResult
 
-    method = prepared.method.name
+    method = prepared.request.method
     return tuple(
         LayerResult(
             name=item.name,

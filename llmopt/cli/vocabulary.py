@@ -5,7 +5,7 @@ from llmopt.recipe import Vocabulary
 
 def vocabulary() -> Vocabulary:
     """Every method, and the reader of gates."""
-    from llmopt.quantize.registry import METHODS
+    from llmopt.quantize.registry import check_method
     from llmopt.report.gates import parse_gate
 
-    return Vocabulary(methods=tuple(METHODS), parse_gate=parse_gate)
+    return Vocabulary(check_method=check_method, parse_gate=parse_gate)

@@ -30,8 +30,9 @@ from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
 from llmopt.pipeline.verify import Verification
 from llmopt.progress import Progress, Silent
 from llmopt.quantize.assign import Assignment, Override, assign
+from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
-from llmopt.quantize.registry import find_method
+from llmopt.quantize.registry import find_folds, find_method
 from llmopt.quantize.scheme import Scheme
 from llmopt.report.results import Candidate, LayerResult, Measurement, Report
 
@@ -62,6 +63,7 @@ class Prepared:
     request: QuantizeRequest
     source: ModelSource
     method: Method
+    folds: tuple[Fold, ...]
     assignments: Mapping[str, Assignment]
     calibration: CalibrationText | None
 
@@ -77,7 +79,7 @@ class Prepared:
             source=source_entry(self.source),
             format=FORMAT,
             scheme=request.scheme.name,
-            method=self.method.name,
+            method=request.method,
             calibration=None if self.calibration is None else self.calibration.entry(),
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
             ignore=request.ignore,
@@ -102,14 +104,16 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     Raises:
         LlmoptError: the model is not there or not supported, or a pattern is wrong.
     """
-    method = find_method(request.method)
+    method, folds = find_method(request.method), find_folds(request.method)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
     require_heads(source.spec)
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore)
     calibration = calibration_text(request, method)
-    return Prepared(request=request, source=source, method=method, assignments=assignments, calibration=calibration)
+    return Prepared(
+        request=request, source=source, method=method, folds=folds, assignments=assignments, calibration=calibration
+    )
 
 
 def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationText | None:
@@ -118,7 +122,7 @@ def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationTex
     Raises:
         UsageError: text is given to a method that does not, or is not there.
     """
-    if not method.needs_inputs:
+    if not method.needs_inputs and not find_folds(request.method):
         if request.calib is not None or request.calib_tokens is not None:
             raise UsageError(
                 f"method {method.name} looks at the weights alone: it reads no text",
@@ -151,6 +155,7 @@ def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
         seed=request.seed,
         threads=request.threads,
         calibration=prepared.calibration,
+        folds=prepared.folds,
     )
     check_free_disk(request.output.parent, prepared.estimated_bytes)
     with staged(request.output, force=request.force) as folder:
@@ -180,7 +185,7 @@ def describe(
         name=request.output.name,
         engine="onnxruntime",
         scheme=request.scheme.name,
-        method=prepared.method.name,
+        method=request.method,
         metrics={"size_bytes": Measurement(value=size_bytes, n=1, unit="bytes")},
         layers=layers,
     )

@@ -1,6 +1,6 @@
 """What a recipe may say, as types. The strings under the fields are the descriptions that editors show."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,9 +16,9 @@ SCHEMA = "llmopt.recipe/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Words that a recipe uses and rooms above this one define. `parse_gate` raises UsageError for what is no gate."""
+    """Words that a recipe uses and rooms above this one define: each raises UsageError for a word that it lacks."""
 
-    methods: Collection[str]
+    check_method: Callable[[str], object]
     parse_gate: Callable[[str], object]
 
 
@@ -40,9 +40,10 @@ def _known_scheme(text: str) -> str:
 
 
 def _known_method(name: str, info: ValidationInfo) -> str:
-    methods = _vocabulary(info).methods
-    if name not in methods:
-        raise _refused(UsageError(f"{name!r} is not a method", hint=near_match(name, methods)))
+    try:
+        _vocabulary(info).check_method(name)
+    except UsageError as error:
+        raise _refused(error) from error
     return name
 
 
@@ -91,7 +92,7 @@ class QuantizeStep(_Section):
     scheme: Scheme
     """Such as w8a16, w4a16-g32-asym or w8a8."""
     method: Annotated[str, AfterValidator(_known_method)] = "rtn"
-    """How the numbers are found."""
+    """How the numbers are found: rtn, search, gptq; awq or smoothquant may stand before, as in smoothquant+gptq."""
     calib: Annotated[Path | None, Field(strict=False)] = None
     """Text to calibrate on, for methods that need it: a file, relative to the recipe. null: llmopt's own stories."""
     calib_tokens: Count | None = None
