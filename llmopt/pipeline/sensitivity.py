@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,7 +102,7 @@ class Sensitivity:
                 len(group.candidates),
             )
         self._note(group, losses)
-        x_BTH.backward(gradient_NH.view_as(x_BTH))
+        torch.autograd.backward([x_BTH], [gradient_NH.view_as(x_BTH)])
         return _gradient(hidden_BTH)
 
     def _head_rows(self, bias: Tensor | None) -> Iterator[Rows]:
@@ -119,7 +120,8 @@ class Sensitivity:
         before = []
         for hidden_TH, gradient_TH in zip(entering_BTH, gradient_BTH, strict=True):
             hidden_BTH = hidden_TH[None].detach().requires_grad_()
-            block_forward(block, weights, hidden_BTH, turn, apply=tape.apply).backward(gradient_TH[None])
+            leaving_BTH = block_forward(block, weights, hidden_BTH, turn, apply=tape.apply)
+            torch.autograd.backward([leaving_BTH], [gradient_TH[None]])
             before.append(_gradient(hidden_BTH))
         linears = {linear.name: linear for linear in block.linears()}
         with torch.no_grad():
@@ -132,10 +134,9 @@ class Sensitivity:
         embedding = self.spec.embedding
         group = self.group_of[embedding.name]
         table = next(embedding.tensors())
-        ids_N, gradient_NH = torch.from_numpy(self.ids_BT).flatten(), gradient_BTH.flatten(0, 1) * embedding.scale
-        rows = ids_N.unique()
-        weight_RH = torch.cat([self.tensors.read_rows(table, int(row), int(row) + 1) for row in rows])
-        place_N = torch.searchsorted(rows, ids_N)
+        rows, place = np.unique(self.ids_BT, return_inverse=True)
+        place_N, gradient_NH = torch.from_numpy(place.ravel()), gradient_BTH.flatten(0, 1) * embedding.scale
+        weight_RH = torch.cat([self.tensors.read_rows(table, row, row + 1) for row in rows.tolist()])
         errors = _errors(weight_RH, group, None)
         self._note(group, [lookup_loss(error_RH[place_N], gradient_NH) for error_RH in errors])
 

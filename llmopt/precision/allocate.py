@@ -104,13 +104,9 @@ def _solve(groups: Options, limit: float, minimize: Literal["loss", "stored_byte
     unit = limit * TOLERANCE or 1.0  # so that the solver's tolerance is as small a share of the limit
     found = milp(
         objective / (objective.max() or 1.0),
-        integrality=np.ones(len(options)),
+        integrality=np.ones(len(options), np.int64),
         bounds=Bounds(0, 1),
-        # In millionths of the limit, of which the solver's tolerance is a millionth.
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(cost[None] / (limit * TOLERANCE or 1.0), ub=1e6),
-        ],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost[None] / unit, ub=1e6)],
         options={"mip_rel_gap": GAP},
     )
     assert found.x is not None, found.message
