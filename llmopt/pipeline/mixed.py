@@ -33,7 +33,10 @@ from llmopt.quantize.assign import Assignment, Override, matches
 from llmopt.quantize.method import Method
 from llmopt.quantize.scheme import Scheme
 
-WINDOW, WINDOWS = 512, 8  # that the sensitivity is estimated on
+WINDOW = 512
+# The sensitivity is estimated on as many windows as this keeps the hidden states of, between the two: a few labels
+# that were not likely decide much of it, and the more are drawn, the better it is.
+KEPT_BYTES, FEWEST, MOST = 2**28, 8, 32
 HELD_OUT_WINDOWS = 8
 ROUNDS = 3  # artifacts that are made at most until one is within the budget
 # What a graph takes beside its weights, alignment and all; more than it does, so that a budget is met at once.
@@ -108,13 +111,15 @@ class Mix:
     def _losses(self, progress: Progress) -> Mapping[Group, Losses]:
         with tempfile.TemporaryDirectory(prefix="llmopt-") as name:
             self.source.write_tokenizer(Path(name))
-            text = self._windows(self.fitted, Tokenizer.from_folder(Path(name)), 4 * WINDOWS)
-        chosen = even(text, WINDOWS)
+            text = self._windows(self.fitted, Tokenizer.from_folder(Path(name)), 2 * MOST)
+        kept_bytes = 4 * len(text.ids[0]) * self.spec.hidden_size * (len(self.spec.blocks) + 1)
+        chosen = even(text, min(max(FEWEST, KEPT_BYTES // kept_bytes), MOST))
         with (
             open_checkpoint(self.source) as checkpoint,
             progress.task("what each scheme would cost", total=2 * len(self.spec.blocks) + 2) as task,
         ):
-            return Sensitivity(self.spec, checkpoint, self.groups, np.stack(chosen.ids), self.seed).measure(task)
+            ids_BT = np.minimum(np.stack(chosen.ids), self.spec.vocab_size - 1)
+            return Sensitivity(self.spec, checkpoint, self.groups, ids_BT, self.seed).measure(task)
 
     def _problem(self, losses: Mapping[Group, Losses]) -> Problem:
         options = tuple(

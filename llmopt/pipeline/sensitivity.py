@@ -16,7 +16,7 @@ from torch import Tensor
 from llmopt.engine.base import TokenIds
 from llmopt.engine.blocks import RotaryTables, block_forward, embed, normalize, plain
 from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
-from llmopt.precision.fisher import Rows, draw_labels, head_fisher, linear_loss, lookup_loss
+from llmopt.precision.fisher import Rows, add_information, draw_labels, head_gradient, predicted_loss
 from llmopt.precision.groups import Group
 from llmopt.progress import Task
 from llmopt.quantize.method import InputStatistics
@@ -86,22 +86,18 @@ class Sensitivity:
     def _head(self, hidden_BTH: Tensor) -> Tensor:
         """The gradient by what leaves the last block; the head's own losses are noted on the way."""
         head, norms = self.spec.head, self._read(self.spec.final_norm.tensors())
-        hidden_BTH = hidden_BTH.detach().requires_grad_()
-        x_BTH = normalize(self.spec.final_norm, norms, hidden_BTH)
         group = self.group_of[head.name]
         bias = self.tensors.read(TensorSpec(f"{head.name}.bias", (head.out_features,))) if head.bias else None
+        hidden_BTH = hidden_BTH.detach().requires_grad_()
+        x_BTH = normalize(self.spec.final_norm, norms, hidden_BTH)
         with torch.no_grad():
             x_NH = x_BTH.flatten(0, 1)
             labels = draw_labels(x_NH, self._head_rows(bias), torch.Generator().manual_seed(self.seed))
-            inputs = None if self.spec.tied else _statistics(x_NH)
-            gradient_NH, losses = head_fisher(
-                x_NH,
-                labels,
-                self._head_rows(bias),
-                lambda rows: _errors(rows.weight_RH, group, inputs),
-                len(group.candidates),
-            )
-        self._note(group, losses)
+            inputs = None if self.spec.tied else _statistics(x_NH.square().mean(0))
+            gradient_NH = torch.zeros_like(x_NH)
+            for rows, part_NH, information_RH in head_gradient(x_NH, labels, self._head_rows(bias)):
+                gradient_NH += part_NH
+                self._note(group, rows.weight_RH, information_RH, inputs)
         torch.autograd.backward([x_BTH], [gradient_NH.view_as(x_BTH)])
         return _gradient(hidden_BTH)
 
@@ -116,68 +112,68 @@ class Sensitivity:
     def _block(self, block: Block, entering_BTH: Tensor, gradient_BTH: Tensor) -> Tensor:
         """The gradient by what enters a block, from that by what leaves it."""
         weights, turn = self._read(block.tensors()), self.tables.turn(block, 0, self.ids_BT.shape[1])
-        tape = _Tape(weights)
+        linears = {linear.name: linear for linear in block.linears()}
+        seen = {name: _Seen(linear) for name, linear in linears.items()}
         before = []
         for hidden_TH, gradient_TH in zip(entering_BTH, gradient_BTH, strict=True):
+            tape = _Tape(weights)
             hidden_BTH = hidden_TH[None].detach().requires_grad_()
             leaving_BTH = block_forward(block, weights, hidden_BTH, turn, apply=tape.apply)
             torch.autograd.backward([leaving_BTH], [gradient_TH[None]])
             before.append(_gradient(hidden_BTH))
-        linears = {linear.name: linear for linear in block.linears()}
-        with torch.no_grad():
-            for group in dict.fromkeys(self.group_of[name] for name in linears):
-                self._note(group, _fused(group, [linears[name] for name in group.layers], weights, tape))
+            for name, (inputs_TI, outputs_TO) in tape.seen.items():
+                seen[name].add(inputs_TI, _gradient(outputs_TO).flatten(0, -2))
+        for group in dict.fromkeys(self.group_of[name] for name in linears):
+            stored = [(linears[name], weights[linears[name].weight.name]) for name in group.layers]
+            weight_OI = torch.cat([weight.T if linear.transposed else weight for linear, weight in stored])
+            information_OI = torch.cat([seen[name].information_OI for name in group.layers]) / self.ids_BT.size
+            self._note(group, weight_OI, information_OI, _statistics(seen[group.layers[0]].squares_I))
         return torch.cat(before)
 
     def _embedding(self, gradient_BTH: Tensor) -> None:
         """Rows that are looked up; a tied head's losses are there already, and these are added."""
         embedding = self.spec.embedding
-        group = self.group_of[embedding.name]
-        table = next(embedding.tensors())
         rows, place = np.unique(self.ids_BT, return_inverse=True)
-        place_N, gradient_NH = torch.from_numpy(place.ravel()), gradient_BTH.flatten(0, 1) * embedding.scale
+        table = next(embedding.tensors())
         weight_RH = torch.cat([self.tensors.read_rows(table, row, row + 1) for row in rows.tolist()])
-        errors = _errors(weight_RH, group, None)
-        self._note(group, [lookup_loss(error_RH[place_N], gradient_NH) for error_RH in errors])
+        squares_NH = (gradient_BTH.flatten(0, 1) * embedding.scale).square_()
+        information_RH = torch.zeros_like(weight_RH).index_add_(0, torch.from_numpy(place.ravel()), squares_NH)
+        self._note(self.group_of[embedding.name], weight_RH, information_RH / len(squares_NH), None)
 
-    def _note(self, group: Group, losses: Sequence[float]) -> None:
-        before = self.losses.get(group, (0.0,) * len(losses))
-        self.losses[group] = tuple(map(sum, zip(before, losses, strict=True)))
+    def _note(self, group: Group, weight_OI: Tensor, information_OI: Tensor, inputs: InputStatistics | None) -> None:
+        """Add what each candidate would cost in these rows of a group's weights."""
+        found = [predicted_loss(information_OI, error_OI) for error_OI in _errors(weight_OI, group, inputs)]
+        before = self.losses.get(group, (0.0,) * len(found))
+        self.losses[group] = tuple(map(sum, zip(before, found, strict=True)))
 
     def _read(self, tensors: Iterator[TensorSpec]) -> dict[str, Tensor]:
         return {tensor.name: self.tensors.read(tensor) for tensor in tensors}
 
 
 class _Tape:
-    """Remembers what enters each linear of a block, and, after going back, the gradient by what left it."""
+    """Remembers what enters each linear of a block, and what leaves it with, after going back, the gradient by it."""
 
     def __init__(self, weights: Weights) -> None:
         self.plain = plain(weights)
-        self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         y = self.plain(linear, x)
         y.retain_grad()
-        self.seen.setdefault(linear.name, []).append((x.detach(), y))
+        self.seen[linear.name] = x.detach().flatten(0, -2), y
         return y
 
-    def inputs(self, linear: Linear) -> Tensor:
-        """[tokens, in]"""
-        return torch.cat([x.flatten(0, -2) for x, _ in self.seen[linear.name]])
 
-    def gradients(self, linear: Linear) -> Tensor:
-        """[tokens, out]"""
-        return torch.cat([_gradient(y).flatten(0, -2) for _, y in self.seen[linear.name]])
+class _Seen:
+    """Sums over the windows: a linear's information, and the squares of its inputs."""
 
+    def __init__(self, linear: Linear) -> None:
+        self.information_OI = torch.zeros((linear.out_features, linear.in_features))
+        self.squares_I = torch.zeros(linear.in_features)
 
-def _fused(group: Group, linears: Sequence[Linear], weights: Weights, tape: _Tape) -> list[float]:
-    """The losses of linears that share their input, as one weight."""
-    stored = [(linear, weights[linear.weight.name]) for linear in linears]
-    weight_OI = torch.cat([weight.T if linear.transposed else weight for linear, weight in stored])
-    inputs_NI = tape.inputs(linears[0])
-    gradients_NO = torch.cat([tape.gradients(linear) for linear in linears], dim=-1)
-    errors = _errors(weight_OI, group, _statistics(inputs_NI))
-    return [linear_loss(inputs_NI, gradients_NO, error_OI) for error_OI in errors]
+    def add(self, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
+        add_information(self.information_OI, inputs_TI, gradients_TO)
+        self.squares_I += inputs_TI.square().sum(0)
 
 
 def _errors(weight_OI: Tensor, group: Group, inputs: InputStatistics | None) -> Iterator[Tensor]:
@@ -191,9 +187,9 @@ def _errors(weight_OI: Tensor, group: Group, inputs: InputStatistics | None) -> 
             yield weight_OI - SEARCH.quantize(weight_OI, scheme, inputs).dequantize()
 
 
-def _statistics(inputs_NI: Tensor) -> InputStatistics:
-    """As much of the second moment as the search looks at: its diagonal."""
-    return InputStatistics(tokens=len(inputs_NI), second_moment_II=inputs_NI.square().mean(0).diag())
+def _statistics(squares_I: Tensor) -> InputStatistics:
+    """As much of the second moment as the search looks at: its diagonal, up to a factor."""
+    return InputStatistics(tokens=1, second_moment_II=squares_I.diag())
 
 
 def _gradient(tensor: Tensor) -> Tensor:

@@ -7,39 +7,40 @@ With p the float model's distribution of the next token and q that of the model 
 where δ is the change of the weights and F the Fisher information (Martens 2014, "New insights and perspectives on the
 natural gradient method", arXiv 1412.1193, sections 5 and 9). Labels are drawn from the model: with those of the text,
 F would be another matrix. A linear's weight acts at every token, and what its error ΔW adds to log p(y) there is
-gᵀ ΔW x, with x its input and g the gradient by its output. So a token's KL is ½ E[(Σ gᵀ ΔW x)²], of which the squares
-are kept and what should vanish on average is left out:
+gᵀ ΔW x, with x its input and g the gradient by its output. So a token's KL is ½ E[(Σ gᵀ ΔW x)²]. Of that the squares
+are kept, and products that vanish on average are left out:
 
-- products of different tokens (Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural
-  network architectures", arXiv 2311.00636, call that "expand");
-- products of different outputs, whose rounding errors are not correlated. They would only add noise.
+- of different tokens (Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network
+  architectures", arXiv 2311.00636, call that "expand");
+- of different weights, whose rounding errors are not correlated.
 
-Inputs and gradients stay together. To average each by itself, as a Kronecker product does, would say that they are
-independent, and a token with huge inputs is often one that nobody attends to.
+What is left is the diagonal of F: ½ Σ_oi E[g_o² x_i²] ΔW_oi². Inputs and gradients are multiplied token by token. To
+average each by itself, as a Kronecker product does, would say that they are independent, and a token with huge inputs
+is often one that nobody attends to.
 
 At the head all labels are summed over, instead of one drawn, because all of their probabilities are there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def linear_loss(inputs_TI: Tensor, gradients_TO: Tensor, error_OI: Tensor) -> float:
-    """Nats a token: ½ mean Σ_o (g_o ΔW_o x)², the mean over tokens."""
-    return lookup_loss(inputs_TI @ error_OI.T, gradients_TO)
+def add_information(sum_OI: Tensor, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
+    """Add Σ g_o² x_i² over tokens."""
+    sum_OI.addmm_(gradients_TO.square().T, inputs_TI.square())
 
 
-def lookup_loss(errors_TO: Tensor, gradients_TO: Tensor) -> float:
-    """The same where the errors of the outputs are known: those of rows that are looked up, for each token."""
-    return float((errors_TO * gradients_TO).square_().sum(-1).mean()) / 2
+def predicted_loss(information_OI: Tensor, error_OI: Tensor) -> float:
+    """Nats a token that an error costs, ½ Σ F ΔW²; the information is the mean over tokens."""
+    return float((information_OI * error_OI.square()).sum(dtype=torch.float64)) / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of a head, from `first` on: its weight, [rows, H], its bias, and the errors of each candidate."""
+    """Some rows of a head, from `first` on: its weight, [rows, H], and its bias, [rows]."""
 
     first: int
     weight_RH: Tensor
@@ -75,25 +76,18 @@ def draw_labels(x_TH: Tensor, rows: Iterable[Rows], generator: torch.Generator) 
     return HeadLabels(log_sum_T, label_T)
 
 
-def head_fisher(
-    x_TH: Tensor, labels: HeadLabels, rows: Iterable[Rows], errors_of: Callable[[Rows], Iterable[Tensor]], count: int
-) -> tuple[Tensor, list[float]]:
-    """The gradient of log p(label) by what enters the head, [T, H], and the loss of each of `count` candidates.
+def head_gradient(x_TH: Tensor, labels: HeadLabels, rows: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+    """Some rows of the head at a time: what they add to the gradient of Σ log p(label) by x, [T, H], and their
+    information, [rows, H].
 
-    The loss is ½ mean Var_p(ΔW x): that is what KL is to second order in a change of logits.
+    Its weight acts once a token: ∂² log p / ∂w_vi² = -p_v (1 - p_v) x_i², whatever the label.
     """
-    gradient_TH = torch.zeros_like(x_TH)
-    mean_CT, square_CT = torch.zeros((2, count, len(x_TH)))
+    squares_TH = x_TH.square()
     for some in rows:
         p_TR = some.logits(x_TH).sub_(labels.log_sum_T[:, None]).exp_()
-        gradient_TH.addmm_(p_TR, some.weight_RH, alpha=-1)
+        gradient_TH = p_TR @ some.weight_RH.neg()
         row_T = labels.label_T - some.first
         here_T = (row_T >= 0) & (row_T < len(some.weight_RH))
         gradient_TH[here_T] += some.weight_RH[row_T[here_T]]
-        for candidate, error_RH in enumerate(errors_of(some)):
-            change_TR = x_TH @ error_RH.T
-            weighted_TR = p_TR * change_TR
-            mean_CT[candidate] += weighted_TR.sum(-1)
-            square_CT[candidate] += weighted_TR.mul_(change_TR).sum(-1)
-    variance_CT = square_CT - mean_CT.square()
-    return gradient_TH, [float(variance_T.mean()) / 2 for variance_T in variance_CT]
+        information_RH = p_TR.sub_(p_TR.square()).T @ squares_TH / len(x_TH)
+        yield some, gradient_TH, information_RH
