@@ -67,7 +67,8 @@ def plan_line(plan: "Plan") -> str:
 def _row(one: "Explained") -> tuple[str, ...]:
     got = (one.group.name, _scheme(one.scheme), f"{one.cost.stored_bytes / 1e6:.3f}", f"{one.cost.loss * 1e3:.4f}")
     if one.next_best is None:
-        return (*got, "", "a pattern names it")
+        alone = "a pattern names it" if len(one.group.candidates) == 1 else "no other is smaller or loses less"
+        return (*got, "", alone)
     return (*got, _scheme(one.next_best.scheme), one.next_best.reason)
 
 

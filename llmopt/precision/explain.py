@@ -33,7 +33,7 @@ class NextBest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explained:
-    """What a group got and what that costs; `next_best` is None where it had no choice."""
+    """What a group got and what that costs; `next_best` is None where nothing else is smaller or loses less."""
 
     group: Group
     scheme: Scheme | None

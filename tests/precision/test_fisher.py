@@ -62,8 +62,7 @@ def test_the_predicted_loss_of_small_errors_in_a_head_is_its_kl_divergence(head)
     expected = sum(predicted_loss(information_VH, error) for error in errors) / len(errors)
     before_TV = log_p(x_TH, weight_VH, None)
     measured = [
-        float((before_TV.exp() * (before_TV - log_p(x_TH, weight_VH + error, None))).sum(-1).mean())
-        for error in errors
+        float((before_TV.exp() * (before_TV - log_p(x_TH, weight_VH + error, None))).sum(-1).mean()) for error in errors
     ]
     assert sum(measured) / len(measured) == pytest.approx(expected, rel=0.1)
 
