@@ -110,7 +110,11 @@ def _title(manifest: Manifest) -> str:
 def _introduction(card: Card) -> str:
     manifest = card.manifest
     budget = f", chosen within {code(manifest.budget)}," if manifest.budget else ""
-    scheme = f" with scheme {code(manifest.scheme)}{budget} by method {code(manifest.method or '')}" if manifest.scheme else ""
+    scheme = (
+        f" with scheme {code(manifest.scheme)}{budget} by method {code(manifest.method or '')}"
+        if manifest.scheme
+        else ""
+    )
     revision = f" at revision {code(manifest.source.revision)}" if manifest.source.revision else ""
     architecture = f" ({code(card.architecture)})" if card.architecture else ""
     return (

@@ -136,9 +136,11 @@ class Sensitivity:
         rows, place = np.unique(self.ids_BT, return_inverse=True)
         table = next(embedding.tensors())
         weight_RH = torch.cat([self.tensors.read_rows(table, row, row + 1) for row in rows.tolist()])
-        squares_NH = (gradient_BTH.flatten(0, 1) * embedding.scale).square_()
-        information_RH = torch.zeros_like(weight_RH).index_add_(0, torch.from_numpy(place.ravel()), squares_NH)
-        self._note(self.group_of[embedding.name], weight_RH, information_RH / len(squares_NH), None)
+        information_RH = torch.zeros_like(weight_RH)
+        for row_T, gradient_TH in zip(torch.from_numpy(place.reshape(self.ids_BT.shape)), gradient_BTH, strict=True):
+            sum_RH = torch.zeros_like(weight_RH).index_add_(0, row_T, gradient_TH * embedding.scale)
+            information_RH += sum_RH.square_()
+        self._note(self.group_of[embedding.name], weight_RH, information_RH / self.ids_BT.size, None)
 
     def _note(self, group: Group, weight_OI: Tensor, information_OI: Tensor, inputs: InputStatistics | None) -> None:
         """Add what each candidate would cost in these rows of a group's weights."""

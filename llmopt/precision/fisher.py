@@ -6,17 +6,11 @@ With p the float model's distribution of the next token and q that of the model 
 
 where δ is the change of the weights and F the Fisher information (Martens 2014, "New insights and perspectives on the
 natural gradient method", arXiv 1412.1193, sections 5 and 9). Labels are drawn from the model: with those of the text,
-F would be another matrix. A linear's weight acts at every token, and what its error ΔW adds to log p(y) there is
-gᵀ ΔW x, with x its input and g the gradient by its output. So a token's KL is ½ E[(Σ gᵀ ΔW x)²]. Of that the squares
-are kept, and products that vanish on average are left out:
+F would be another matrix. The sum of log p(y) over a window of text is what is differentiated: an error acts at every
+token, and through attention on all that follow.
 
-- of different tokens (Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network
-  architectures", arXiv 2311.00636, call that "expand");
-- of different weights, whose rounding errors are not correlated.
-
-What is left is the diagonal of F: ½ Σ_oi E[g_o² x_i²] ΔW_oi². Inputs and gradients are multiplied token by token. To
-average each by itself, as a Kronecker product does, would say that they are independent, and a token with huge inputs
-is often one that nobody attends to.
+Of F the diagonal is kept, E[(∂ log p / ∂w)²]: rounding errors of different weights are not correlated, so all else
+vanishes on average and would only add noise. The mean over tokens makes it nats a token.
 
 At the head all labels are summed over, instead of one drawn, because all of their probabilities are there.
 """
@@ -29,8 +23,8 @@ from torch import Tensor
 
 
 def add_information(sum_OI: Tensor, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
-    """Add Σ g_o² x_i² over tokens."""
-    sum_OI.addmm_(gradients_TO.square().T, inputs_TI.square())
+    """Add what a window shows of a linear's weight: (Σ g_o x_i)², with the sum over its tokens."""
+    sum_OI += (gradients_TO.T @ inputs_TI).square_()
 
 
 def predicted_loss(information_OI: Tensor, error_OI: Tensor) -> float:
@@ -80,7 +74,8 @@ def head_gradient(x_TH: Tensor, labels: HeadLabels, rows: Iterable[Rows]) -> Ite
     """Some rows of the head at a time: what they add to the gradient of Σ log p(label) by x, [T, H], and their
     information, [rows, H].
 
-    Its weight acts once a token: ∂² log p / ∂w_vi² = -p_v (1 - p_v) x_i², whatever the label.
+    Labels of different tokens are drawn independently, and here an error acts on its own token alone, so that each adds
+    p_v (1 - p_v) x_i².
     """
     squares_TH = x_TH.square()
     for some in rows:

@@ -107,7 +107,7 @@ class QuantizeStep(_Section):
     method: Annotated[str, AfterValidator(_known_method)] = "rtn"
     """How the numbers are found."""
     calib: Annotated[Path | None, Field(strict=False)] = None
-    """Text to calibrate on, for a budget and methods that need it: a file, relative to the recipe. null: llmopt's own stories."""
+    """Text for a budget and methods that look at inputs: a file, relative to the recipe. null: llmopt's own stories."""
     calib_tokens: Count | None = None
     """How much of it is read, in tokens. null: 32768."""
     ignore: Many[str] = ()

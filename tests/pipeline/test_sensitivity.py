@@ -1,6 +1,7 @@
 """The streamed estimate is that of derivatives through the whole model at once, and ranks layers as they are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,50 +33,78 @@ def streamed(spec: ModelSpec, saved: Saved, groups: tuple[Group, ...]) -> Mappin
     return Sensitivity(spec, saved, groups, IDS_BT, SEED).measure(Silent())
 
 
-def through_everything(
-    spec: ModelSpec, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """What enters each linear and the gradient by what leaves it, [N, in] and [N, out], and that by the embedding."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+@dataclass(frozen=True)
+class Whole:
+    """The model at once: for each window, and of all weights, ∂ Σ log p(label) / ∂w; and what enters the linears."""
+
+    derivatives: list[Mapping[str, Tensor]]  # by checkpoint names; the table's by looking rows up alone
+    inputs_NI: Mapping[str, Tensor]
+
+
+def through_everything(spec: ModelSpec, saved: Saved) -> Whole:
+    seen: dict[str, list[Tensor]] = {}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in saved.tensors.items()}
 
     def apply(linear: Linear, x: Tensor) -> Tensor:
-        y = plain(tensors)(linear, x)
-        y.retain_grad()
-        seen[linear.name] = x, y
-        return y
+        seen.setdefault(linear.name, []).append(x.detach()[0])
+        return plain(leaves)(linear, x)
 
-    looked_up = embed(spec.embedding, tensors, torch.from_numpy(IDS_BT)).requires_grad_()
-    hidden = looked_up
-    tables = RotaryTables(spec, IDS_BT.shape[1])
-    for block in spec.blocks:
-        hidden = block_forward(block, tensors, hidden, tables.turn(block, 0, IDS_BT.shape[1]), apply=apply)
-    logits = head_logits(spec, tensors, hidden, apply=apply).flatten(0, 1)
-    x = normalize(spec.final_norm, tensors, hidden).detach().flatten(0, 1)
-    weight, bias = tensors[spec.head.weight.name], tensors.get(f"{spec.head.name}.bias")
-    labels = draw_labels(x, [Rows(0, weight, bias)], torch.Generator().manual_seed(SEED)).label_T
-    logits.log_softmax(-1).gather(1, labels[:, None]).sum().backward()  # type: ignore[no-untyped-call]
-    flat = {name: (x.detach().flatten(0, -2), y.grad.flatten(0, -2)) for name, (x, y) in seen.items()}  # type: ignore[union-attr]
-    assert looked_up.grad is not None
-    return flat, looked_up.grad.flatten(0, 1) * spec.embedding.scale
-
-
-def expected_losses(spec: ModelSpec, saved: Saved, group: Group) -> list[float]:
-    """½ mean Σ g² x² ΔW² of a group of a block's linears."""
-    seen, _ = through_everything(spec, saved.tensors)
-    linears = {linear.name: linear for linear in spec.linears()}
-    stored = [saved.tensors[linears[name].weight.name] for name in group.layers]
-    weight = torch.cat(
-        [one.T if linears[name].transposed else one for name, one in zip(group.layers, stored, strict=True)]
+    tables, entering = RotaryTables(spec, IDS_BT.shape[1]), []
+    for ids_T in torch.from_numpy(IDS_BT):
+        hidden = embed(spec.embedding, leaves, ids_T[None])
+        for block in spec.blocks:
+            hidden = block_forward(block, leaves, hidden, tables.turn(block, 0, len(ids_T)), apply=apply)
+        entering.append(hidden)
+    # A tied head is given a copy, so that derivatives by the table are those of looking rows up.
+    copied = {**leaves, spec.head.weight.name: saved.tensors[spec.head.weight.name]}
+    logits = [head_logits(spec, copied, hidden)[0] for hidden in entering]
+    labels = drawn(spec, saved, torch.cat(entering).detach())
+    scores = [one.log_softmax(-1).gather(1, label[:, None]).sum() for one, label in zip(logits, labels, strict=True)]
+    names = [name for name in leaves if name != spec.head.weight.name or spec.tied]
+    found = [torch.autograd.grad(score, [leaves[name] for name in names], allow_unused=True) for score in scores]
+    return Whole(
+        derivatives=[dict(zip(names, one, strict=True)) for one in found],
+        inputs_NI={name: torch.cat(windows) for name, windows in seen.items()},
     )
-    x = seen[group.layers[0]][0]
-    information = torch.cat([seen[name][1].square().T @ x.square() for name in group.layers]) / len(x)
+
+
+def drawn(spec: ModelSpec, saved: Saved, hidden_BTH: Tensor) -> Tensor:
+    """The labels that are drawn with the seed, [B, T]."""
+    x = normalize(spec.final_norm, saved.tensors, hidden_BTH).flatten(0, 1)
+    rows = Rows(0, saved.tensors[spec.head.weight.name], saved.tensors.get(f"{spec.head.name}.bias"))
+    return draw_labels(x, [rows], torch.Generator().manual_seed(SEED)).label_T.view(IDS_BT.shape)
+
+
+def head_inputs(spec: ModelSpec, saved: Saved) -> Tensor:
+    """What enters the head, [N, H]."""
+    hidden, tables = embed(spec.embedding, saved.tensors, torch.from_numpy(IDS_BT)), RotaryTables(spec, IDS_BT.shape[1])
+    for block in spec.blocks:
+        hidden = block_forward(block, saved.tensors, hidden, tables.turn(block, 0, IDS_BT.shape[1]))
+    return normalize(spec.final_norm, saved.tensors, hidden).flatten(0, 1)
+
+
+def information(whole: Whole, name: str) -> Tensor:
+    return sum(one[name].square() for one in whole.derivatives) / IDS_BT.size  # type: ignore[return-value]
+
+
+def expected_losses(spec: ModelSpec, saved: Saved, whole: Whole, group: Group) -> list[float]:
+    """½ Σ F ΔW² of a group of a block's linears."""
+    linears = {linear.name: linear for linear in spec.linears()}
+
+    def stacked(tensor_of: Callable[[str], Tensor]) -> Tensor:
+        parts = [(linears[name], tensor_of(linears[name].weight.name)) for name in group.layers]
+        return torch.cat([part.T if linear.transposed else part for linear, part in parts])
+
+    weight = stacked(saved.tensors.__getitem__)
+    fisher = stacked(lambda name: information(whole, name))
+    x = whole.inputs_NI[group.layers[0]]
     inputs = InputStatistics(tokens=len(x), second_moment_II=x.T @ x / len(x))
     losses = []
     for scheme in group.candidates:
         assert scheme is not None
         method = ROUNDING if scheme.bits == 8 else SEARCH
         error = weight - method.quantize(weight, scheme, inputs).dequantize()
-        losses.append(float((information * error.square()).sum()) / 2)
+        losses.append(float((fisher * error.square()).sum()) / 2)
     return losses
 
 
@@ -86,9 +115,10 @@ def test_the_losses_of_blocks_are_those_of_derivatives_through_the_whole_model(c
     losses = streamed(spec, saved, groups)
     assert set(losses) == set(groups)
     tables = {spec.embedding.name, spec.head.name}
+    whole = through_everything(spec, saved)
     of_blocks = [group for group in groups if not tables & set(group.layers)]
     for group in of_blocks[:4] + of_blocks[-4:]:
-        assert losses[group] == pytest.approx(expected_losses(spec, saved, group), rel=2e-3)
+        assert losses[group] == pytest.approx(expected_losses(spec, saved, whole, group), rel=2e-3)
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3"])
@@ -97,16 +127,15 @@ def test_the_losses_of_a_table_are_those_of_the_rows_that_are_looked_up(case: st
     saved = random_weights(spec)
     (embedding, *_, head) = fused_groups(spec, {})
     table = saved.tensors[f"{spec.embedding.name}.weight"]
-    seen, gradient = through_everything(spec, saved.tensors)
-    x = seen[spec.head.name][0]
-    p = torch.nn.functional.linear(x, saved.tensors[spec.head.weight.name], saved.tensors.get("lm_head.bias")).softmax(
-        -1
-    )
+    whole = through_everything(spec, saved)
+    x = head_inputs(spec, saved)
+    head_bias = saved.tensors.get(f"{spec.head.name}.bias")
+    p = torch.nn.functional.linear(x, saved.tensors[spec.head.weight.name], head_bias).softmax(-1)
+    fisher = information(whole, f"{spec.embedding.name}.weight")
     expected = []
     for scheme in CANDIDATES:
         error = table - ROUNDING.quantize(table, scheme).dequantize()
-        rows = error[torch.from_numpy(IDS_BT).flatten()]
-        lookups = float((rows * gradient).square().sum(-1).mean()) / 2
+        lookups = float((fisher * error.square()).sum()) / 2
         as_head = float((p * (1 - p) * (x.square() @ error.square().T)).sum(-1).mean()) / 2
         expected.append(lookups + (as_head if spec.tied else 0.0))
     losses = streamed(spec, saved, fused_groups(spec, {}))

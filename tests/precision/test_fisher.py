@@ -67,11 +67,16 @@ def test_the_predicted_loss_of_small_errors_in_a_head_is_its_kl_divergence(head)
     assert sum(measured) / len(measured) == pytest.approx(expected, rel=0.1)
 
 
-def test_information_is_summed_token_by_token():
-    inputs_TI, gradients_TO = torch.randn(7, 3), torch.randn(7, 2)
-    found_OI = torch.zeros(2, 3)
-    add_information(found_OI, inputs_TI[:4], gradients_TO[:4])
-    add_information(found_OI, inputs_TI[4:], gradients_TO[4:])
-    expected_OI = sum(torch.outer(g, x).square() for x, g in zip(inputs_TI, gradients_TO, strict=True))
+def test_information_is_the_squared_derivative_by_a_weight_window_by_window():
+    generator = torch.Generator().manual_seed(6)
+    inputs_BTI, weight_OI = torch.randn(2, 7, 3, generator=generator), torch.randn(4, 3, generator=generator)
+    found_OI, expected_OI = torch.zeros(4, 3), torch.zeros(4, 3)
+    for inputs_TI in inputs_BTI:
+        leaf_OI = weight_OI.clone().requires_grad_()
+        outputs_TO = inputs_TI @ leaf_OI.T
+        outputs_TO.retain_grad()
+        outputs_TO.sin().sum().backward()
+        add_information(found_OI, inputs_TI, outputs_TO.grad)
+        expected_OI += leaf_OI.grad.square()
     torch.testing.assert_close(found_OI, expected_OI)
-    assert predicted_loss(found_OI, torch.full((2, 3), 2.0)) == pytest.approx(float(2 * expected_OI.sum()), rel=1e-6)
+    assert predicted_loss(found_OI, torch.full((4, 3), 2.0)) == pytest.approx(float(2 * expected_OI.sum()), rel=1e-5)
