@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmopt.calibrate.text import Corpus
+from llmopt.calibrate.text import Corpus, split
 from llmopt.calibrate.windows import TokenWindows, windows
 from llmopt.errors import BudgetError, UsageError
 from llmopt.measure.size import model_bytes
@@ -21,6 +21,7 @@ from llmopt.model.source import ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.model.storage import quantized_bytes
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.pipeline.calibration import CalibrationText
 from llmopt.pipeline.heldout import HeldOutLoss, measure_loss
 from llmopt.pipeline.sensitivity import Losses, Sensitivity
 from llmopt.precision.allocate import Option
@@ -30,9 +31,9 @@ from llmopt.precision.groups import CANDIDATES, Group, fused_groups
 from llmopt.precision.plan import LOG_PERPLEXITY_PER_KL, Correction, Plan, Problem, require_reachable, solve
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment, Override, matches
-from llmopt.quantize.method import Method
 from llmopt.quantize.scheme import Scheme
 
+FITTED_SHARE = 0.9  # of the text; the rest is held out to measure on
 WINDOW = 512
 # The sensitivity is estimated on as many windows as this keeps the hidden states of, between the two: a few labels
 # that were not likely decide much of it, and the more are drawn, the better it is.
@@ -72,6 +73,14 @@ class Mix:
     def spec(self) -> ModelSpec:
         """The model's."""
         return self.source.spec
+
+    def require_reachable(self) -> None:
+        """See that the smallest schemes are within the budget, before a weight is read.
+
+        Raises:
+            BudgetError: they are not.
+        """
+        require_reachable(self.groups, overhead_bytes(self.spec), self.budget)
 
     def plan(self, progress: Progress) -> Plan:
         """Estimate what each scheme costs each group, and solve.
@@ -140,43 +149,27 @@ class Mix:
         return windows(corpus, tokenizer, length, count * length)
 
 
-def prepare_mix(
-    source: ModelSource,
-    budget: Budget,
-    *,
-    scheme: Scheme,
-    method: Method,
-    overrides: Sequence[Override],
-    ignore: Sequence[str],
-    assignments: Mapping[str, Assignment],
-    text: tuple[Corpus, Corpus],
-    seed: int,
-    threads: int,
-) -> Mix:
-    """Everything about a budget that can be known before a weight is read.
+def require_float_activations(scheme: Scheme) -> None:
+    """See that a scheme leaves something to choose.
 
     Raises:
-        UsageError: the scheme rounds activations, which leaves nothing to choose.
-        BudgetError: the smallest schemes are not within it.
+        UsageError: it rounds activations, which one scheme alone does.
     """
     if scheme.activation_bits == 8:
         raise UsageError(
             f"a budget chooses among schemes with float activations, and {scheme.name} rounds them",
             hint="leave --scheme out; --override gives some layers w8a8",
         )
-    groups = fused_groups(source.spec, fixed_layers(source.spec, assignments, overrides, ignore))
-    require_reachable(groups, overhead_bytes(source.spec), budget)
-    fitted, held_out = text
-    return Mix(
-        source=source,
-        budget=budget,
-        groups=groups,
-        fitted=fitted,
-        held_out=held_out,
-        method=method.name,
-        seed=seed,
-        threads=threads,
-    )
+
+
+def divided(text: CalibrationText) -> tuple[CalibrationText, Corpus]:
+    """What is fitted to, and what is held out to measure on.
+
+    Raises:
+        UsageError: there is too little text to divide.
+    """
+    fitted, held_out = split(text.corpus, FITTED_SHARE)
+    return dataclasses.replace(text, corpus=dataclasses.replace(fitted, name=text.corpus.name)), held_out
 
 
 def fixed_layers(

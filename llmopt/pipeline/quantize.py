@@ -18,7 +18,7 @@ from llmopt.artifact import (
     write_json,
     write_manifest,
 )
-from llmopt.calibrate.text import Corpus, built_in, load_documents, split
+from llmopt.calibrate.text import built_in, load_documents
 from llmopt.errors import UsageError
 from llmopt.export.card import Card, card_text
 from llmopt.export.onnx.attention import require_heads
@@ -28,9 +28,20 @@ from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
 from llmopt.pipeline.heldout import HeldOutLoss
-from llmopt.pipeline.mixed import ROUNDS, ExceededError, Mix, outcome_json, outcome_note, planned, prepare_mix
+from llmopt.pipeline.mixed import (
+    ROUNDS,
+    ExceededError,
+    Mix,
+    divided,
+    fixed_layers,
+    outcome_json,
+    outcome_note,
+    planned,
+    require_float_activations,
+)
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.budget import Budget, SizeBudget
+from llmopt.precision.groups import fused_groups
 from llmopt.precision.plan import Plan, solve
 from llmopt.progress import Progress, Silent
 from llmopt.quantize.assign import Assignment, Override, assign
@@ -40,7 +51,6 @@ from llmopt.quantize.scheme import Scheme
 from llmopt.report.results import Candidate, LayerResult, Measurement, Report
 
 MIXED = "mixed"  # the scheme of an artifact in which a budget chose that of every layer
-FITTED_SHARE = 0.9  # of the text, where the rest is held out to measure on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,36 +136,33 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     )
     require_heads(source.spec)
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore)
-    fitted, held_out = calibration_text(request, method)
+    calibration = calibration_text(request, method)
     mix = None
     if request.budget is not None:
-        assert fitted is not None
-        assert held_out is not None
-        mix = prepare_mix(
-            source,
-            request.budget,
-            scheme=request.scheme,
-            method=method,
-            overrides=request.overrides,
-            ignore=request.ignore,
-            assignments=assignments,
-            text=(fitted, held_out),
+        assert calibration is not None
+        require_float_activations(request.scheme)
+        calibration, held_out = divided(calibration)
+        mix = Mix(
+            source=source,
+            budget=request.budget,
+            groups=fused_groups(source.spec, fixed_layers(source.spec, assignments, request.overrides, request.ignore)),
+            fitted=calibration.corpus,
+            held_out=held_out,
+            method=method.name,
             seed=request.seed,
             threads=request.threads,
         )
-    calibration = None
-    if fitted is not None:
-        calibration = CalibrationText(corpus=fitted, tokens=request.calib_tokens or CALIBRATION_TOKENS)
+        mix.require_reachable()
     return Prepared(
         request=request, source=source, method=method, assignments=assignments, calibration=calibration, mix=mix
     )
 
 
-def calibration_text(request: QuantizeRequest, method: Method) -> tuple[Corpus | None, Corpus | None]:
-    """What is fitted to, for a method that needs inputs or a budget; and, for a budget, what is held out.
+def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationText | None:
+    """What a budget, or a method that needs inputs, is given to read.
 
     Raises:
-        UsageError: text is given where none is read, or is not there, or is too short to divide.
+        UsageError: text is given where none is read, or is not there.
     """
     if not method.needs_inputs and request.budget is None:
         if request.calib is not None or request.calib_tokens is not None:
@@ -163,12 +170,9 @@ def calibration_text(request: QuantizeRequest, method: Method) -> tuple[Corpus |
                 f"method {method.name} looks at the weights alone: it reads no text",
                 hint="leave --calib out, or take another method",
             )
-        return None, None
+        return None
     corpus = built_in("calibration") if request.calib is None else load_documents(request.calib)
-    if request.budget is None:
-        return corpus, None
-    fitted, held_out = split(corpus, FITTED_SHARE)
-    return dataclasses.replace(fitted, name=corpus.name), held_out
+    return CalibrationText(corpus=corpus, tokens=request.calib_tokens or CALIBRATION_TOKENS)
 
 
 def quantize(request: QuantizeRequest, progress: Progress | None = None) -> QuantizeResult:
