@@ -120,7 +120,9 @@ class Mix:
     def _losses(self, progress: Progress) -> Mapping[Group, Losses]:
         with tempfile.TemporaryDirectory(prefix="llmopt-") as name:
             self.source.write_tokenizer(Path(name))
-            text = self._windows(self.fitted, Tokenizer.from_folder(Path(name)), 2 * MOST)
+            tokenizer = Tokenizer.from_folder(Path(name))
+        text = self._windows(self.fitted, tokenizer, 2 * MOST)
+        self._windows(self.held_out, tokenizer, HELD_OUT_WINDOWS)  # too short a text is told now, not in the end
         kept_bytes = 4 * len(text.ids[0]) * self.spec.hidden_size * (len(self.spec.blocks) + 1)
         chosen = even(text, min(max(FEWEST, KEPT_BYTES // kept_bytes), MOST))
         with (
