@@ -23,7 +23,7 @@ from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.search import Search
 
-CHUNK_WEIGHTS = 1 << 22  # of a table, at a time
+CHUNK_LOGITS = 1 << 23  # of all tokens, for some rows of the head at a time: a few temporaries are of this size
 # The estimate needs no better ranges than these: finer ones make all candidates better alike.
 SEARCH, ROUNDING = Search(clip_steps=5), Rtn(clip_steps=4)
 
@@ -103,7 +103,7 @@ class Sensitivity:
 
     def _head_rows(self, bias: Tensor | None) -> Iterator[Rows]:
         weight = self.spec.head.weight
-        step = max(1, CHUNK_WEIGHTS // weight.shape[1])
+        step = max(1, CHUNK_LOGITS // self.ids_BT.size)
         for start in range(0, weight.shape[0], step):
             stop = min(start + step, weight.shape[0])
             some = self.tensors.read_rows(weight, start, stop)
