@@ -129,8 +129,8 @@ def test_layers_that_patterns_name_keep_their_schemes_and_count(llmopt, tmp_path
 
 def test_a_dry_run_explains_every_group_draws_the_curve_and_writes_nothing_else(llmopt, tmp_path):
     picture = tmp_path / "curve.svg"
-    options = ("--budget", "2MB", "--explain", "--plot", picture, "--dry-run", "--threads", "1")
-    ended = llmopt("quantize", "demo", "-o", tmp_path / "out", *options)
+    options = ("--budget", "2MB", "--explain", "--dry-run", "--threads", "1")
+    ended = llmopt("quantize", "demo", "-o", tmp_path / "out", *options, "--plot", picture)
     assert ended.code == 0, ended.err
     assert len(re.findall(r"^model\..*(?:would save|would cost)", ended.out, re.MULTILINE)) == 1 + 4 * 4
     assert "2MB: at most" in ended.out
@@ -171,3 +171,16 @@ def test_mistakes_are_told_before_anything_is_computed(llmopt, tmp_path, monkeyp
     assert ended.code == 2
     assert told in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_recipe_with_a_budget_is_done_once(llmopt, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    step = "{name: mixed, budget: 2MB}"
+    recipe.write_text(
+        f"schema: llmopt.recipe/1\nmodel: demo\noutput: {tmp_path / 'out'}\nthreads: 1\nsteps:\n  - quantize: {step}\n"
+    )
+    planned = json.loads(llmopt("run", recipe, "--dry-run", "--json").out)
+    assert planned["artifacts"][str(tmp_path / "out" / "mixed")]["estimated_bytes"] == 2_000_000
+    assert llmopt("run", recipe).code == 0
+    assert model_bytes(tmp_path / "out" / "mixed") <= 2_000_000
+    assert "kept" in llmopt("run", recipe).err
