@@ -66,7 +66,7 @@ def least_bytes(groups: Options, loss_bound: float) -> tuple[int, ...] | None:
 
 
 def worthwhile(options: Sequence[Option]) -> list[int]:
-    """Indices of the options that no other one beats in bytes and loss at once, from the smallest to the largest."""
+    """Indices of the options that no other one beats in both: from one to the next more bytes, and less loss."""
     order = sorted(range(len(options)), key=lambda index: (options[index].stored_bytes, options[index].loss, index))
     kept: list[int] = []
     for index in order:
@@ -82,17 +82,23 @@ def _within(
     *,
     minimize: Literal["loss", "stored_bytes"],
 ) -> tuple[int, ...]:
+    kept = [worthwhile(options) for options in groups]
     limit = bound
-    while True:
-        choice = _solve(groups, limit, minimize)
+    while limit > 0:
+        choice = _solve(groups, kept, limit, minimize)
+        if choice is None:
+            break
         excess = total(groups, choice) - bound
         if excess <= 0:
             return choice
         limit -= max(excess, TOLERANCE * bound)  # it is within the solver's tolerance, and not within the bound
+    # Nothing but this is, to the solver's tolerance.
+    return tuple(indices[0 if minimize == "loss" else -1] for indices in kept)
 
 
-def _solve(groups: Options, limit: float, minimize: Literal["loss", "stored_bytes"]) -> tuple[int, ...]:
-    kept = [worthwhile(options) for options in groups]
+def _solve(
+    groups: Options, kept: Sequence[Sequence[int]], limit: float, minimize: Literal["loss", "stored_bytes"]
+) -> tuple[int, ...] | None:
     options = [group[index] for group, indices in zip(groups, kept, strict=True) for index in indices]
     ends = np.cumsum([len(indices) for indices in kept])
     starts = ends - [len(indices) for indices in kept]
@@ -101,7 +107,7 @@ def _solve(groups: Options, limit: float, minimize: Literal["loss", "stored_byte
     objective, cost = (loss, size) if minimize == "loss" else (size, loss)
     group_of = np.repeat(np.arange(len(kept)), ends - starts)
     one_each = coo_array((np.ones(len(options)), (group_of, np.arange(len(options))))).tocsr()
-    unit = limit * TOLERANCE or 1.0  # so that the solver's tolerance is as small a share of the limit
+    unit = limit * TOLERANCE  # so that the solver's tolerance is as small a share of the limit
     found = milp(
         objective / (objective.max() or 1.0),
         integrality=np.ones(len(options), np.int64),
@@ -109,6 +115,7 @@ def _solve(groups: Options, limit: float, minimize: Literal["loss", "stored_byte
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost[None] / unit, ub=1e6)],
         options={"mip_rel_gap": GAP},
     )
-    assert found.x is not None, found.message
+    if found.x is None:
+        return None
     picked = [int(found.x[start:end].argmax()) for start, end in zip(starts, ends, strict=True)]
     return tuple(indices[pick] for indices, pick in zip(kept, picked, strict=True))

@@ -73,7 +73,18 @@ def test_what_does_not_fit_has_no_allocation():
     groups = groups_of(0)
     assert least_loss(groups, smallest_bytes(groups) - 1) is None
     assert least_bytes(groups, smallest_loss(groups) * 0.999) is None
-    assert total_bytes(groups, least_loss(groups, smallest_bytes(groups))) == smallest_bytes(groups)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bound_that_one_allocation_alone_keeps_to_is_kept_to(seed):
+    """Where the solver's tolerance is larger than what is left."""
+    groups = groups_of(seed, groups=30)
+    for more in (0, 1, 2, 5):
+        choice = least_loss(groups, smallest_bytes(groups) + more)
+        assert smallest_bytes(groups) <= total_bytes(groups, choice) <= smallest_bytes(groups) + more
+    for factor in (1.0, 1 + 1e-12, 1 + 1e-9, 1 + 1e-7):
+        bound = smallest_loss(groups) * factor
+        assert total_loss(groups, least_bytes(groups, bound)) <= bound
 
 
 def test_a_group_without_a_choice_and_one_without_a_loss_are_allocated():
