@@ -54,6 +54,15 @@ def find_folds(name: str) -> "tuple[Fold, ...]":
     return tuple(cast("Fold", _made(FOLDS[fold])) for fold in split(name)[0])
 
 
+def looks_at_inputs(name: str) -> bool:
+    """Whether the method of that name cannot do without calibration text.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    return bool(split(name)[0]) or find_method(name).needs_inputs
+
+
 def split(name: str) -> tuple[tuple[str, ...], str]:
     """A method's name as its folds, and what rounds behind them.
 
