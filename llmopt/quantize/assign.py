@@ -1,7 +1,8 @@
 """Which scheme each linear and embedding gets: the one that was asked for, unless a pattern says otherwise.
 
 The embedding and the head get 8-bit weights and float activations whatever was asked for: they are looked up or
-multiplied once, and every logit feels their error. An override that names them is obeyed.
+multiplied once, and every logit feels their error. Formats that keep no such tables say so by another `TableRule`. An
+override that names them is obeyed.
 
 A pattern is a name with shell wildcards, matched against the whole name or any of its dotted tails: `lm_head`,
 `down_proj`, `layers.0.*`, `model.layers.*.mlp.*`. The last override that matches wins; `ignore` wins over all.
@@ -17,8 +18,19 @@ from llmopt.quantize.scheme import Scheme, parse_scheme
 
 Override = tuple[str, Scheme]
 
-TABLE_SCHEME = parse_scheme("w8a16")
-TABLE_REASON = "tables keep 8 bits and float activations unless an override names them"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableRule:
+    """What the embedding and the head get unless an override names them, and why. No scheme: left alone."""
+
+    scheme: Scheme | None
+    reason: str
+
+
+EIGHT_BITS = TableRule(
+    scheme=parse_scheme("w8a16"), reason="tables keep 8 bits and float activations unless an override names them"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +49,11 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def assign(
-    spec: ModelSpec, default: Scheme, overrides: Sequence[Override] = (), ignore: Sequence[str] = ()
+    spec: ModelSpec,
+    default: Scheme,
+    overrides: Sequence[Override] = (),
+    ignore: Sequence[str] = (),
+    tables: TableRule = EIGHT_BITS,
 ) -> dict[str, Assignment]:
     """Assign schemes to every quantizable tensor, by module name: the embedding, every linear, the head.
 
@@ -46,21 +62,24 @@ def assign(
     Raises:
         UsageError: a pattern matches nothing, or the two sides of a tied pair are to get different schemes.
     """
-    tables = (spec.embedding.name, spec.head.name)
+    table_names = (spec.embedding.name, spec.head.name)
     names = [spec.embedding.name, *(linear.name for linear in spec.linears())]
     _require_matches([pattern for pattern, _ in overrides] + list(ignore), names)
-    unless_said = {name: _unless_said(name, default, is_table=name in tables) for name in names}
+    unless_said = {name: _unless_said(name, default, tables if name in table_names else None) for name in names}
     found = {name: _said(name, overrides, ignore) or unless_said[name] for name in names}
     if spec.tied:
-        _tie(found, *tables, said=[name for name in tables if found[name] is not unless_said[name]])
+        _tie(found, *table_names, said=[name for name in table_names if found[name] is not unless_said[name]])
     return found
 
 
-def _unless_said(name: str, default: Scheme, *, is_table: bool) -> Assignment:
-    weights_only = default.bits == TABLE_SCHEME.bits and default.activation_bits == TABLE_SCHEME.activation_bits
-    if is_table and not weights_only:
-        return Assignment(name=name, scheme=TABLE_SCHEME, reason=TABLE_REASON)
-    return Assignment(name=name, scheme=default)
+def _unless_said(name: str, default: Scheme, rule: TableRule | None) -> Assignment:
+    if rule is None or (rule.scheme is not None and _alike(default, rule.scheme)):
+        return Assignment(name=name, scheme=default)
+    return Assignment(name=name, scheme=rule.scheme, reason=rule.reason)
+
+
+def _alike(one: Scheme, other: Scheme) -> bool:
+    return one.bits == other.bits and one.activation_bits == other.activation_bits
 
 
 def _said(name: str, overrides: Sequence[Override], ignore: Sequence[str]) -> Assignment | None:
