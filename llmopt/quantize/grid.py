@@ -106,9 +106,10 @@ def symmetric_scales(
 
 
 def outermost(groups: Tensor, half: float, rule: ScaleRule) -> Tensor:
-    """What code -half stands for, negated, when a group fills the codes from -half to half - 1; never 0.
+    """What a code of `half` would stand for where a group fills the codes from -half to half - 1; never 0.
 
-    `half` times the scale, that is. Reduces the last axis.
+    That is `half` times the scale that clips nothing, unless a sign lets the smaller tail be clipped. Reduces the last
+    axis.
     """
     if rule.signed:
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)

@@ -1,0 +1,1 @@
+"""compressed-tensors: safetensors and a config that transformers and vLLM open."""
