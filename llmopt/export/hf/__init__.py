@@ -1,1 +1,0 @@
-"""compressed-tensors: safetensors and a config that transformers and vLLM open."""
