@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llmopt.quantize.assign import Override
     from llmopt.report.results import LayerResult
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "hf")
 
 
 def quantize(
@@ -98,7 +98,12 @@ def quantize(
         typer.Option("--plot", metavar="FILE", help="With --budget: draw predicted loss against size, .png or .svg."),
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="What to write: onnx, for onnxruntime and its genai.")
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="What to write: onnx, for onnxruntime and its genai; hf, compressed-tensors for transformers.",
+        ),
     ] = "onnx",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -109,9 +114,9 @@ def quantize(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model to integers, and write an artifact that onnxruntime opens.
+    """Quantize a model to integers, and write an artifact that onnxruntime or transformers opens.
 
-    Every linear and embedding gets the scheme or is named with the reason why not. The graph that is written is then
+    Every linear and embedding gets the scheme or is named with the reason why not. What is written is then
     opened and held against the quantized model in torch; if they differ, nothing is left behind.
 
     Example: llmopt quantize demo -o demo-int4 --scheme w4a16 --override lm_head=w8a16
@@ -144,6 +149,7 @@ def quantize(
         ignore=tuple(ignore or ()),
         revision=revision,
         trust_remote_code=trust_remote_code,
+        format=format_,
         seed=seed or 0,
         threads=thread_count(threads),
         force=force,
@@ -225,12 +231,19 @@ def outcome_lines(result: "QuantizeResult") -> list[str]:
     exact, shipped = result.verification.exact, result.verification.shipped
     return [
         f"wrote {result.path}: {size.value / 1e6:,.1f} MB",
-        f"the graph against the quantized model in torch, on {exact.tokens} tokens:",
+        f"the artifact against the quantized model in torch, on {exact.tokens} tokens:",
         f"  in float32: relative error {exact.relative_error:.1e}, top-1 agreement {exact.top1_agreement:.1%}",
         f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}",
         *result.report.notes,
-        f"next: llmopt bench {result.path} --baseline MODEL, llmopt generate {result.path} PROMPT",
+        next_steps(result),
     ]
+
+
+def next_steps(result: "QuantizeResult") -> str:
+    """What opens the artifact."""
+    if result.manifest.format == "hf":
+        return f"next: transformers.AutoModelForCausalLM.from_pretrained({str(result.path)!r})"
+    return f"next: llmopt bench {result.path} --baseline MODEL, llmopt generate {result.path} PROMPT"
 
 
 def drawing(

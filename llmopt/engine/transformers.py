@@ -26,7 +26,9 @@ def require_package() -> None:
         UsageError: a package is missing.
     """
     if find_spec(PACKAGE) is None:
-        raise UsageError("format hf is opened with compressed-tensors, which is missing", hint="pip install 'llmopt[hf]'")
+        raise UsageError(
+            "format hf is opened with compressed-tensors, which is missing", hint="pip install 'llmopt[hf]'"
+        )
 
 
 class TransformersEngine:
@@ -54,7 +56,7 @@ class TransformersEngine:
         """An empty sequence with room for `capacity` tokens."""
         return TransformersStream(self._model, capacity)
 
-    def round_activations(self, on: bool) -> None:  # noqa: FBT001 (a switch)
+    def round_activations(self, on: bool) -> None:
         """Whether activations are rounded where a scheme says so."""
         for module in self._model.modules():
             if hasattr(module, "quantization_scheme"):
@@ -98,7 +100,7 @@ def _opened(folder: Path) -> Any:
         # What is wrong with a checkpoint may be any of theirs, torch's or safetensors' exceptions.
         except Exception as error:
             raise ArtifactError(f"transformers cannot open the checkpoint: {error}", where=str(folder)) from error
-        model.eval()
+        model.train(False)
         with torch.inference_mode():
             model(torch.zeros((1, 1), dtype=torch.int64))  # unpacks the weights, which shows a bar as well
     return model

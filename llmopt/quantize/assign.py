@@ -19,10 +19,12 @@ from llmopt.quantize.scheme import Scheme, parse_scheme
 Override = tuple[str, Scheme]
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableRule:
-    """What the embedding and the head get unless an override names them, and why. No scheme: left alone."""
+    """What the embedding and the head get unless an override names them, and why.
+
+    No scheme: they are left alone, and an override does not reach them.
+    """
 
     scheme: Scheme | None
     reason: str
@@ -60,13 +62,17 @@ def assign(
     A tied head and its embedding are one tensor: what is said of either holds for both.
 
     Raises:
-        UsageError: a pattern matches nothing, or the two sides of a tied pair are to get different schemes.
+        UsageError: a pattern matches nothing, an override means tables alone that stay float, or the two sides of a
+            tied pair are to get different schemes.
     """
     table_names = (spec.embedding.name, spec.head.name)
     names = [spec.embedding.name, *(linear.name for linear in spec.linears())]
     _require_matches([pattern for pattern, _ in overrides] + list(ignore), names)
     unless_said = {name: _unless_said(name, default, tables if name in table_names else None) for name in names}
-    found = {name: _said(name, overrides, ignore) or unless_said[name] for name in names}
+    if tables.scheme is None:
+        _require_not_alone([pattern for pattern, _ in overrides], names, table_names, tables)
+    reached = {name: overrides if tables.scheme is not None or name not in table_names else () for name in names}
+    found = {name: _said(name, reached[name], ignore) or unless_said[name] for name in names}
     if spec.tied:
         _tie(found, *table_names, said=[name for name in table_names if found[name] is not unless_said[name]])
     return found
@@ -107,6 +113,16 @@ def _require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
         if not any(matches(pattern, name) for name in names):
             hint = near_match(pattern, sorted(set(_tails(names))), f"names look like {names[1]!r}")
             raise UsageError(f"{pattern!r} matches no linear and no embedding", hint=hint)
+
+
+def _require_not_alone(
+    patterns: Sequence[str], names: Sequence[str], table_names: Sequence[str], rule: TableRule
+) -> None:
+    """A wildcard may mean a table among others; an override that means nothing else would do nothing."""
+    for pattern in patterns:
+        meant = [name for name in names if matches(pattern, name)]
+        if all(name in table_names for name in meant):
+            raise UsageError(f"an override names {meant[0]}, and {rule.reason}", hint=f"leave {pattern!r} out")
 
 
 def _tails(names: Sequence[str]) -> Iterator[str]:

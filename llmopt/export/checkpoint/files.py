@@ -1,7 +1,7 @@
 """Safetensors files whose headers are written first, so that tensors can follow one at a time.
 
 Layout: eight bytes with the size of the header, the header in JSON, then the tensors without gaps. Within a file those
-with the larger elements come first, as the safetensors package has it: so each lies at a multiple of its element's size.
+with the larger elements come first, as the safetensors package has it: so each is aligned to its elements.
 https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -84,7 +84,7 @@ class SafetensorsFiles:
         assert (values.dtype, tuple(values.shape)) == (place.entry.dtype, place.entry.shape), name
         self._left.remove(name)
         place.file.seek(place.offset)
-        place.file.write(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        place.file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def save(self) -> None:
         """See that every tensor was written, and write the index of several files."""
