@@ -119,3 +119,11 @@ def test_bench_says_what_opens_it(tiny_llama: Path, tmp_path: Path, capfd: pytes
     ended = CommandLine(capfd)("bench", tmp_path / "out", "--baseline", tiny_llama)
     assert ended.code == 2
     assert "transformers" in ended.err
+
+
+def test_the_card_says_how_to_open_it(tiny_llama: Path, tmp_path: Path) -> None:
+    written(tiny_llama, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: transformers" in card
+    assert "AutoModelForCausalLM" in card
+    assert "onnx" not in card.lower()
