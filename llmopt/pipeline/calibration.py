@@ -35,6 +35,7 @@ WINDOW = 512
 PANELS, MIN_PANEL = 4, 64
 KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 SAMPLED_TOKENS = 512
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,27 @@ class CalibrationText:
         return [np.minimum(ids, spec.vocab_size - 1) for ids in found.ids]
 
 
+class Bounded:
+    """Makes tokens whose inputs are larger than those of the median token just as large.
+
+    The first token of a text, and a few others, have activations hundreds of times as large as the rest (Sun et al.
+    2024, "Massive Activations in Large Language Models", arXiv 2402.17762). Squared they would be most of every sum,
+    and weights would be fitted to them alone, though the norm behind takes their size away.
+    """
+
+    def __init__(self) -> None:
+        self.typical = 0.0  # squared size, of the median token in the first window that has any
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """The inputs of some tokens, [tokens, in], none of them larger than a typical one."""
+        square_N = x_NI.square().sum(-1)
+        if self.typical == 0:
+            self.typical = float(square_N.median()) or float(square_N.mean())
+        return x_NI * (self.typical / square_N.clamp_min(TINY)).clamp_max_(1).sqrt_()[:, None]
+
+
 class Moment:
-    """The second moment of inputs that come window by window.
+    """The second moment of inputs that come window by window, bounded.
 
     It is symmetric, and products of panels that lie above the diagonal are not computed: 5/8 of the work with 4 panels.
     """
@@ -64,11 +84,12 @@ class Moment:
     def __init__(self, width: int) -> None:
         self.sum_II = torch.zeros((width, width))  # below the diagonal, and a little above it
         self.tokens = 0
+        self.bounded = Bounded()
         self.panel = max(MIN_PANEL, -(-width // PANELS))
 
     def add(self, x_BTI: Tensor) -> None:
         """Add Σ x xᵀ over all tokens."""
-        x_NI = x_BTI.flatten(0, -2)
+        x_NI = self.bounded(x_BTI.flatten(0, -2))
         for start in range(0, x_NI.shape[1], self.panel):
             stop = start + self.panel
             self.sum_II[start:, start:stop].addmm_(x_NI[:, start:].T, x_NI[:, start:stop])
@@ -87,17 +108,18 @@ class Moment:
 
 
 class Sampler:
-    """Every so many of the inputs that come window by window."""
+    """Every so many of the inputs that come window by window, bounded."""
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
         self.seen = 0
+        self.bounded = Bounded()
         self.rows: list[Tensor] = []
         self.largest_I = torch.zeros(())
 
     def add(self, x_BTI: Tensor) -> None:
         """Look at some more."""
-        x_NI = x_BTI.flatten(0, -2)
+        x_NI = self.bounded(x_BTI.flatten(0, -2))
         self.rows.append(x_NI[-self.seen % self.stride :: self.stride].clone())
         self.largest_I = torch.maximum(self.largest_I, x_NI.abs().amax(0))
         self.seen += len(x_NI)
