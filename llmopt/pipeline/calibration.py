@@ -18,7 +18,7 @@ from llmopt.engine.base import TokenIds
 from llmopt.engine.blocks import RotaryTables, activated, block_forward, embed, mixed, normalize
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.rotary import longest_sequence
-from llmopt.model.spec import Block, Linear, ModelSpec, Norm
+from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.quantize.execute import round_rows
 from llmopt.quantize.fold import InputSample
@@ -35,6 +35,7 @@ WINDOW = 512
 PANELS, MIN_PANEL = 4, 64
 KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 SAMPLED_TOKENS = 512
+HEAD_TOKENS = 8192
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -157,6 +158,24 @@ class Calibration:
         """Look the tokens up in the table as it is stored."""
         dense = {name: densify(weight) for name, weight in weights.items()}
         self.hidden = [embed(self.spec.embedding, dense, torch.from_numpy(ids)[None]) for ids in self.windows]
+
+    @torch.inference_mode()
+    def head_in_float(self, read: Callable[[Iterable[TensorSpec]], dict[str, Tensor]]) -> InputStatistics:
+        """What enters the head of the float model, whose tensors `read` gives by name; of some of the windows.
+
+        A tied head is quantized with the embedding, before anything has gone through the blocks.
+        """
+        stride = max(1, sum(map(len, self.windows)) // HEAD_TOKENS)
+        table = read(self.spec.embedding.tensors())
+        hidden = [embed(self.spec.embedding, table, torch.from_numpy(ids)[None]) for ids in self.windows[::stride]]
+        del table
+        for block in self.spec.blocks:
+            floats = read(block.tensors())
+            for index, state in enumerate(hidden):
+                hidden[index] = block_forward(block, floats, state, self.tables.turn(block, 0, state.shape[1]))
+        norm = read(self.spec.final_norm.tensors())
+        inputs = (normalize(self.spec.final_norm, norm, state) for state in hidden)
+        return _moment(self.spec.head, inputs).statistics(self.spec.head.name)
 
     @torch.inference_mode()
     def look(self, block: Block, floats: Mapping[str, Tensor]) -> dict[str, InputSample]:

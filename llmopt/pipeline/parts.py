@@ -23,6 +23,7 @@ from llmopt.report.results import LayerResult
 
 # Weights in flight while a table is quantized: rounding holds a few temporaries of this size.
 CHUNK_WEIGHTS = 1 << 22
+EXACT_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ class PartReader:
     """Reads a checkpoint part by part and quantizes what is assigned a scheme. `method` None quantizes nothing.
 
     A method that needs inputs gets them from the `calibration`, which the parts pass through; so do `folds`, which
-    scale the weights of a block before they are quantized. The table, which has no inputs, is rounded to nearest.
+    scale the weights of a block before they are quantized. A table is rounded to nearest, for it has no inputs; but one
+    that serves as the head is fitted to those of the head.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class PartReader:
         """The token table, and learned positions."""
         embedding = self.spec.embedding
         table, *others = embedding.tensors()
-        weight, layer = self._quantized(embedding.name, table, transposed=False)
+        weight, layer = self._quantized(embedding.name, table, transposed=False, inputs=self._inputs_of_tied_head())
         weights: Weights = {table.name: weight, **self._read(others)}
         if self.calibration is not None:
             self.calibration.embedding(weights)
@@ -93,6 +95,16 @@ class PartReader:
         shared = embedding.layers[0]
         part.layers.append(self._result(head.name, table, shared.relative_error, shared.method))
         return part
+
+    def _inputs_of_tied_head(self) -> InputStatistics | None:
+        """What a table that serves as the head is fitted to; at 8 bits there is nothing to gain."""
+        scheme = self.assignments[self.spec.embedding.name].scheme
+        wanted = self.spec.tied and self.method is not None and self.method.needs_inputs
+        if self.calibration is None or not wanted or scheme is None or scheme.bits >= EXACT_BITS:
+            return None
+        return self.calibration.head_in_float(
+            lambda tensors: {tensor.name: self.checkpoint.read(tensor) for tensor in tensors}
+        )
 
     def _fold(self, block: Block) -> None:
         """Have the weights of a block folded; from then on they are read as they were left."""
@@ -151,24 +163,24 @@ class PartReader:
         return weight.T.contiguous() if transposed else weight
 
     def _quantized(
-        self, name: str, tensor: TensorSpec, *, transposed: bool
+        self, name: str, tensor: TensorSpec, *, transposed: bool, inputs: InputStatistics | None = None
     ) -> tuple[Tensor | QuantizedWeight, LayerResult]:
         scheme, method = self.assignments[name].scheme, self.method
         if method is None or scheme is None:
             plain = self._read_linear(tensor, transposed=transposed)
             return plain, self._result(name, plain, None, None)
-        if method.needs_inputs:  # which this one has none of
+        if method.needs_inputs and inputs is None:
             method = Rtn()
         if transposed or not method.rows_are_independent:
             weight = self._read_linear(tensor, transposed=transposed)
-            quantized = method.quantize(weight, scheme)
+            quantized = method.quantize(weight, scheme, inputs)
             return quantized, self._result(name, quantized, quantized.relative_error(weight), method.name)
         rows, columns = tensor.shape
         step = max(1, CHUNK_WEIGHTS // columns)
         chunks, error, norm = [], 0.0, 0.0
         for start in range(0, rows, step):
             weight = self.checkpoint.read_rows(tensor, start, min(rows, start + step))
-            chunks.append(method.quantize(weight, scheme))
+            chunks.append(method.quantize(weight, scheme, inputs))
             error += float((weight - chunks[-1].dequantize()).square().sum(dtype=torch.float64))
             norm += float(weight.square().sum(dtype=torch.float64))
         quantized = stack_rows(chunks)
