@@ -30,7 +30,10 @@ def bench(
         typer.Option("--text", metavar="FILE", help="Text for accuracy, .txt or .jsonl (default: built-in stories)."),
     ] = None,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=0, help="How much of the text to read, in tokens; 0 reads all of it.")
+        int,
+        typer.Option(
+            "--tokens", min=0, help="How much of the text to read, in tokens, spread evenly over it; 0 reads all of it."
+        ),
     ] = 8192,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens that the models see at once.")] = 512,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt whose latency is timed.")] = 128,

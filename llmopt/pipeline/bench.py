@@ -30,7 +30,7 @@ from llmopt.report.results import Candidate, LayerResult, Report, Subject
 class BenchSettings:
     """What is measured. `text` None is the text that comes with llmopt; `latency` None measures accuracy alone.
 
-    `tokens` None reads the whole text.
+    `tokens` None reads the whole text; fewer than it has are read at even distances.
     """
 
     text: Path | None = None
@@ -125,9 +125,9 @@ def measure(request: BenchRequest, baseline: Path, paths: Sequence[Path], progre
 
 
 def read_text(settings: BenchSettings, folder: Path) -> TokenWindows:
-    """The evaluation text in the baseline's tokens."""
+    """The evaluation text in the baseline's tokens, read all through: intervals are as wide as documents are few."""
     corpus: Corpus = built_in() if settings.text is None else load_documents(settings.text)
-    return windows(corpus, Tokenizer.from_folder(folder), settings.window, settings.tokens)
+    return windows(corpus, Tokenizer.from_folder(folder), settings.window, settings.tokens, spread=True)
 
 
 def assemble(

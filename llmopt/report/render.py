@@ -12,7 +12,7 @@ from rich.text import Text
 from llmopt.report.layers import COLUMNS as LAYER_COLUMNS
 from llmopt.report.layers import layer_rows
 from llmopt.report.results import LayerResult, Report
-from llmopt.report.rows import COLUMNS, GATE_COLUMNS, MetricRows, comparison, gate_rows, unmeasured
+from llmopt.report.rows import COLUMNS, GATE_COLUMNS, MetricRows, comparison, gate_rows, measured_on, unmeasured
 
 # Only a rule under the head, drawn with what every stream can show.
 HEAD_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -34,6 +34,8 @@ def as_json(report: Report) -> str:
 def print_report(report: Report, console: Console) -> None:
     """Everything but the layers, in words and numbers; colour is never the only sign of anything."""
     _print_comparison(list(comparison(report)), console)
+    if text := measured_on(report):
+        _print_line(text, console)
     if missing := unmeasured(report):
         _print_line(f"not measured: {', '.join(missing)}", console)
     if report.gates:

@@ -75,6 +75,14 @@ def test_what_one_model_lacks_is_a_dash_and_what_all_lack_is_named_below(report)
     assert "time to first token" not in text
 
 
+def test_below_the_table_stands_how_many_tokens_and_documents_accuracy_comes_from(report):
+    text = {"text": "wiki_test.txt", "tokens": 8176, "clusters": 1, "clustered_by": "document"}
+    measured_on = replace(report, settings={"fidelity": text})
+    assert "\naccuracy on wiki_test.txt: 8,176 tokens of 1 document\n" in printed(measured_on)
+    assert "\nAccuracy on wiki\\_test.txt: 8,176 tokens of 1 document.\n" in as_markdown(measured_on)
+    assert "accuracy on" not in printed(report)
+
+
 def test_verdicts_and_what_was_compared_stand_beside_each_gate(report):
     text = printed(report)
     assert lines_with(text, "pass") == ["pass perplexity <= +1% w8a16 +0.030 % [+0.010, +0.050]"]
