@@ -31,12 +31,16 @@ def inspect(
     """Say what a model is and what it costs, without reading its weights."""
     from llmopt.model.inspection import inspect_model
     from llmopt.model.source import open_source
+    from llmopt.quantize.assign import assign
     from llmopt.quantize.scheme import parse_scheme
 
     console = Console(json=json, quiet=quiet)
     source = open_source(model, revision=revision, weights=False, progress=console.progress)
     schemes = [parse_scheme(name) for name in SCHEMES]
-    inspection = inspect_model(source, {scheme.name: scheme for scheme in schemes}, context)
+    plans = {
+        scheme.name: {name: item.scheme for name, item in assign(source.spec, scheme).items()} for scheme in schemes
+    }
+    inspection = inspect_model(source, plans, context)
     console.result(inspection.to_json(), draw(inspection))
 
 
@@ -101,9 +105,10 @@ def _quantizable(inspection: "Inspection") -> "Table":
 
 
 def _sizes(inspection: "Inspection") -> "Table":
-    table = _table("quantized to", "model files", f"of {inspection.spec.dtype}")
-    for scheme, size in inspection.sizes_bytes.items():
-        table.add_row(scheme, _si(size, "B"), f"{100 * size / inspection.size_bytes:.1f} %")
+    table = _table("quantized to", "embedding and head", "model files", f"of {inspection.spec.dtype}")
+    for size in inspection.predicted_sizes:
+        share = f"{100 * size.size_bytes / inspection.size_bytes:.1f} %"
+        table.add_row(size.scheme, size.tables, _si(size.size_bytes, "B"), share)
     return table
 
 
