@@ -14,9 +14,18 @@ Each error says what happened, where, and what to do about it. Gates are results
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
+
+# Set by --debug. In the environment, because worker processes should do the same.
+DEBUG_VARIABLE = "LLMOPT_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether people want to see tracebacks."""
+    return os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}
 
 
 class ExitCode(IntEnum):

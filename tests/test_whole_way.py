@@ -294,14 +294,43 @@ class TestBench:
         [
             ("perplexity <= +50%", (0, "pass")),
             ("size_bytes <= 1MB", (1, "fail")),
-            ("tpot_ms <= 20", (4, "inconclusive")),  # not measured
+            ("perplexity <= 1", (1, "fail")),
         ],
     )
-    def test_a_promise_becomes_an_exit_code(self, llmopt, int4, tmp_path, promise, ends):
-        folder = shutil.copytree(int4, tmp_path / "int4")
-        ended = llmopt("bench", folder, "--assert", promise, "--json", *ACCURACY)
+    def test_a_promise_becomes_an_exit_code(self, llmopt, int4, promise, ends):
+        ended = llmopt("bench", int4, "--assert", promise, "--json", "--no-save", *ACCURACY)
         (gate,) = json.loads(ended.out)["gates"]
         assert (ended.code, gate["verdict"]) == ends
+
+    def test_a_text_of_one_window_decides_nothing(self, llmopt, int4, tmp_path):
+        (tmp_path / "short.txt").write_text("In the morning the farmer went to the market. " * 10)
+        options = ("--text", tmp_path / "short.txt", "--json", "--no-save", *ACCURACY)
+        ended = llmopt("bench", int4, "--assert", "perplexity <= +50%", *options)
+        assert ended.code == 4
+        report = json.loads(ended.out)
+        assert [gate["verdict"] for gate in report["gates"]] == ["inconclusive"]
+
+    def test_a_damaged_artifact_is_neither_measured_nor_used(self, llmopt, int4, tmp_path):
+        folder = shutil.copytree(int4, tmp_path / "int4")
+        with (folder / "model.onnx.data").open("r+b") as file:
+            file.seek(1_000_000)
+            byte = file.read(1)
+            file.seek(1_000_000)
+            file.write(bytes([byte[0] ^ 1]))
+        for words in (("bench", folder, *ACCURACY), ("generate", folder, "In the morning")):
+            ended = llmopt(*words)
+            assert ended.code == 3, words
+            assert "its hash differs" in ended.err
+            assert "model.onnx.data" in ended.err
+
+    def test_nothing_is_saved_where_that_was_asked_for_and_a_lost_measurement_is_named(self, llmopt, int4, tmp_path):
+        folder = shutil.copytree(int4, tmp_path / "int4")
+        unmeasured = bytes_of(folder)
+        assert llmopt("bench", folder, "--no-save", *ACCURACY).code == 0
+        assert bytes_of(folder) == unmeasured
+        assert "which is replaced" not in llmopt("bench", folder, *ACCURACY).err
+        ended = llmopt("bench", folder, *ACCURACY[2:], "--tokens", "600")
+        assert "its report held a larger measurement (2,044 tokens, now 598), which is replaced" in ended.err
 
     def test_mistakes_are_told(self, llmopt, int4, tmp_path):
         (tmp_path / "empty.txt").write_text("")
@@ -310,8 +339,13 @@ class TestBench:
             ([int4, "--text", tmp_path / "none.txt"], "none.txt"),
             ([int4, "--text", tmp_path / "empty.txt"], "empty.txt"),
             ([int4, int4], "int4"),
+            ([tmp_path / "nowhere"], "there is no such folder"),
+            ([int4, "--assert", "tpot_ms <= 0.8x"], "leave --no-latency out"),
+            ([int4, "--no-accuracy", "--assert", "perplexity <= +1%"], "leave --no-accuracy out"),
+            ([int4, "--window", "5000"], "the model reads 1024"),
+            ([int4, "--latency", "--prompt", "2000", "--no-accuracy"], "the model reads 1024"),
         ):
-            ended = llmopt("bench", *words, *ACCURACY)
+            ended = llmopt("bench", *ACCURACY, *words)
             assert ended.code == 2, words
             assert told in ended.err
 

@@ -50,6 +50,12 @@ def bench(
             "'size_bytes <= 150MB'. May be repeated.",
         ),
     ] = None,
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save/--no-save", help="Rewrite each artifact's report.json and README.md with what was measured."
+        ),
+    ] = True,
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the table there.")] = None,
     revision: Revision = None,
     seed: Seed = None,
@@ -61,7 +67,8 @@ def bench(
 
     Accuracy: perplexity, KL divergence and top-1 agreement on the same tokens. Latency: TTFT is the time from a prompt
     to its first token, TPOT the time per token after that; both in interleaved rounds of fresh processes, with the
-    baseline against itself beside each change. Each artifact's report.json is rewritten.
+    baseline against itself beside each change. Each artifact's report.json and README.md are rewritten with what was
+    measured, unless --no-save.
 
     Exit codes: 0 every promise is kept, 1 one is broken, 4 the intervals do not tell.
 
@@ -85,6 +92,7 @@ def bench(
         baseline=baseline,
         settings=settings,
         gates=gates,
+        save=save,
         revision=revision,
         seed=seed or 0,
         threads=count,

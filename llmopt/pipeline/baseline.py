@@ -33,10 +33,10 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     """The folder of a model as a float32 ONNX artifact; an artifact's own folder if that is what `model` names.
 
     Raises:
-        LlmoptError: the model is not there, not supported or damaged, or the disk is full.
+        LlmoptError: the model or artifact is not there, not supported or damaged, or the disk is full.
     """
     if is_artifact(model):
-        load_manifest(Path(model))
+        load_manifest(Path(model), verify=True)
         return Path(model)
     source = open_source(model, revision=revision, progress=progress)
     names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]
@@ -64,7 +64,7 @@ def printable(name: str) -> str:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        load_manifest(folder)
+        load_manifest(folder, verify=True)
     except ArtifactError:
         return False
     return True

@@ -69,7 +69,7 @@ def open_engine(
     """An artifact in onnxruntime, a model in torch; with what its generation_config.json says."""
     if is_artifact(request.model):
         folder = Path(request.model)
-        load_manifest(folder)
+        load_manifest(folder, verify=True)
         config = read_object(folder / CONFIG)
         generation = folder / GENERATION_CONFIG
         said = read_object(generation) if generation.is_file() else {}
