@@ -7,6 +7,7 @@
     │   └── UnsupportedError  3  the model is fine, but this is not something llmopt can do with it
     ├── ArtifactError      3  an artifact is missing, broken, or would be overwritten
     ├── FallbackError      3  a layer cannot have the scheme that was asked for
+    ├── BudgetError        3  nothing within the budget could be made
     ├── VerificationError  3  an export does not compute what the quantized model computes
     └── ResourceError      3  disk or memory does not suffice
 
@@ -80,6 +81,10 @@ class ArtifactError(LlmoptError):
 
 class FallbackError(LlmoptError):
     """A layer cannot have the scheme that was asked for, and `--allow-fallback` was not given."""
+
+
+class BudgetError(LlmoptError):
+    """No choice of schemes keeps a model within its budget."""
 
 
 class VerificationError(LlmoptError):

@@ -20,6 +20,7 @@ RECIPES = {
     "recipes/int8-cpu.yaml": 0,
     "recipes/int4-cpu.yaml": 0,
     "recipes/int4-gptq.yaml": 0,
+    "recipes/mixed-budget.yaml": 0,
     "recipes/ci-gate.yaml": 0,
 }
 

@@ -23,7 +23,8 @@ LAYERS = (
 # package itself holds nothing but the version.
 RESIDENCE = {"llmopt.quantize.scheme": "scheme", "llmopt": "version"}
 
-HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxruntime_genai", "huggingface_hub", "gguf", "scipy"}
+HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxruntime_genai", "huggingface_hub", "gguf"}
+HEAVY |= {"scipy", "matplotlib"}
 LIGHT = (
     "__main__.py",
     "errors.py",

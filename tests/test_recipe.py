@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmopt.errors import ExitCode, RecipeError, UsageError
+from llmopt.quantize.registry import check_method
 from llmopt.recipe import Vocabulary, json_schema, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -46,7 +47,12 @@ def parse_gate(text):
         raise UsageError(f"{text!r} is not a gate", hint="METRIC <= BOUND")
 
 
-VOCABULARY = Vocabulary(methods=("rtn", "gptq"), parse_gate=parse_gate)
+def parse_budget(text):
+    if not text.endswith("MB"):
+        raise UsageError(f"{text!r} is not a budget", hint="write 92MB")
+
+
+VOCABULARY = Vocabulary(check_method=check_method, parse_gate=parse_gate, parse_budget=parse_budget)
 
 
 @pytest.fixture
@@ -182,8 +188,9 @@ def replaced(old, new):
         (replaced("name: int4", "name: ▸../x"), "'steps.1.quantize.name' should match pattern", None),
         (replaced("name: int4", "name: ▸INT8"), "two steps are named 'INT8'", None),
         (replaced("w4a16-g32-asym", "▸w4a16-g31"), "'w4a16-g31': groups have", "w8a16, w4a16 or w8a8"),
+        (replaced("method: rtn", "budget: ▸92kg"), "'92kg' is not a budget", "write 92MB"),
         (replaced("{lm_head: w8a8}", "{lm_head: ▸w8}"), "'w8' is not a scheme", "w8a16, w4a16 or w8a8"),
-        (replaced("method: rtn", "method: ▸gtpq"), "'gtpq' is not a method", "did you mean 'gptq'?"),
+        (replaced("method: rtn", "method: ▸gtpq"), "there is no method 'gtpq'", "did you mean 'gptq'?"),
         (replaced("- perplexity <= +1%", "- ▸perplexity"), "'perplexity' is not a gate", "METRIC <= BOUND"),
         (replaced('"perplexity <= +20%"', "▸fast"), "'fast' is not a gate", "METRIC <= BOUND"),
         (replaced("- perplexity <= +1%", "- ▸4"), "'gates.0' should be a mapping, not 4", None),

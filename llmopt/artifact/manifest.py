@@ -58,6 +58,7 @@ class Manifest:
     source: Source
     format: str
     scheme: str | None = None
+    budget: str | None = None
     method: str | None = None
     calibration: Mapping[str, str | int] | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmopt.cli.console import Console
+from llmopt.cli.mixed import GROUP_COLUMNS, Shown, plan_line
 from llmopt.cli.options import (
     DryRun,
     Force,
@@ -44,13 +45,24 @@ def quantize(
             "w4a16-g128-sym.",
         ),
     ] = "w8a16",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="BUDGET",
+            help="Choose each layer's scheme so that the least is lost within a size of the model files (92MB) or a "
+            "number of bits a weight (4.5bits), or so that the size is the least within a loss ('+2% perplexity'). "
+            "Layers that --override or --ignore name keep what these say.",
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
             "--method",
             metavar="METHOD",
             help="How the numbers are found: rtn, rounding to nearest; search, with ranges that suit the inputs; gptq, "
-            "with later columns making up for the errors of earlier ones.",
+            "with later columns making up for the errors of earlier ones. Before it may stand awq or smoothquant, "
+            "which scale inputs against weights: smoothquant+gptq.",
         ),
     ] = "rtn",
     calib: Annotated[
@@ -58,8 +70,8 @@ def quantize(
         typer.Option(
             "--calib",
             metavar="FILE",
-            help="Text (.txt, or .jsonl with the key text) for methods that look at inputs: like what the model will "
-            "read. Default: stories that come with llmopt.",
+            help="Text (.txt, or .jsonl with the key text) for --budget and for methods that look at inputs: like what "
+            "the model will read. Default: stories that come with llmopt.",
         ),
     ] = None,
     calib_tokens: Annotated[
@@ -77,6 +89,13 @@ def quantize(
     ignore: Annotated[
         list[str] | None,
         typer.Option("--ignore", metavar="PATTERN", help="Leave layers that match as they are. May be repeated."),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="With --budget: what each group of layers got, and the next best.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="With --budget: draw predicted loss against size, .png or .svg."),
     ] = None,
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="What to write: onnx, for onnxruntime and its genai.")
@@ -98,6 +117,7 @@ def quantize(
     Example: llmopt quantize demo -o demo-int4 --scheme w4a16 --override lm_head=w8a16
     """
     from llmopt.errors import UsageError
+    from llmopt.precision.budget import parse_budget
     from llmopt.quantize.registry import check_method
     from llmopt.quantize.scheme import parse_scheme
 
@@ -106,6 +126,9 @@ def quantize(
     parsed = parse_scheme(scheme)
     overrides = tuple(map(parse_override, override or ()))
     check_method(method)
+    asked = None if budget is None else parse_budget(budget)
+    shown = Shown(explain=explain, plot=plot)
+    shown.check(has_budget=asked is not None)
 
     from llmopt.pipeline.quantize import QuantizeRequest
 
@@ -113,6 +136,7 @@ def quantize(
         model=model,
         output=output,
         scheme=parsed,
+        budget=asked,
         method=method,
         calib=calib,
         calib_tokens=calib_tokens,
@@ -126,9 +150,9 @@ def quantize(
     )
     console = Console(json=json, quiet=quiet)
     if dry_run:
-        show_plan(request, console)
+        show_plan(request, console, shown)
     else:
-        show_result(request, console)
+        show_result(request, console, shown)
 
 
 def parse_override(text: str) -> "Override":
@@ -142,13 +166,14 @@ def parse_override(text: str) -> "Override":
     return pattern, parse_scheme(scheme)
 
 
-def show_plan(request: "QuantizeRequest", console: Console) -> None:
+def show_plan(request: "QuantizeRequest", console: Console, shown: Shown) -> None:
     """Say what would be done."""
     from llmopt.artifact import check_destination
-    from llmopt.pipeline.quantize import prepare
+    from llmopt.pipeline.quantize import prepare, with_plan
+    from llmopt.precision.explain import explain, plan_json
 
     check_destination(request.output, force=request.force)
-    prepared = prepare(request, console.progress)
+    prepared = with_plan(prepare(request, console.progress), console.progress)
     layers = planned_layers(prepared)
     value = {
         "schema": "llmopt.quantize-plan/1",
@@ -157,15 +182,19 @@ def show_plan(request: "QuantizeRequest", console: Console) -> None:
         "estimated_bytes": prepared.estimated_bytes,
         "layers": [layer.to_json() for layer in layers],
     }
-    line = f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB; nothing was done"
-    console.result(value, drawing(layers, [line]))
+    lines = [f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB; nothing was done"]
+    if prepared.plan is not None:
+        value["budget"] = plan_json(prepared.plan, explain(prepared.plan))
+        lines = [plan_line(prepared.plan), *lines]
+        shown.draw(prepared.plan)
+    console.result(value, drawing(layers, lines, shown.table(prepared.plan)))
 
 
 def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
     """Each layer with what it is to get."""
     from llmopt.report.results import LayerResult
 
-    method = prepared.method.name
+    method = prepared.request.method
     return tuple(
         LayerResult(
             name=item.name,
@@ -177,13 +206,16 @@ def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
     )
 
 
-def show_result(request: "QuantizeRequest", console: Console) -> None:
+def show_result(request: "QuantizeRequest", console: Console, shown: Shown) -> None:
     """Do it, and say what came of it."""
     from llmopt.pipeline.quantize import quantize as do_quantize
 
     result = do_quantize(request, console.progress)
     value = {"path": str(result.path)} | result.report.to_json()
-    console.result(value, drawing(result.report.candidates[0].layers, outcome_lines(result)))
+    if result.plan is not None:
+        shown.draw(result.plan)
+    layers = result.report.candidates[0].layers
+    console.result(value, drawing(layers, outcome_lines(result), shown.table(result.plan)))
 
 
 def outcome_lines(result: "QuantizeResult") -> list[str]:
@@ -201,13 +233,18 @@ def outcome_lines(result: "QuantizeResult") -> list[str]:
     ]
 
 
-def drawing(layers: "Iterable[LayerResult]", lines: "Sequence[str]") -> "Callable[[RichConsole], None]":
-    """The layers, and lines under them."""
+def drawing(
+    layers: "Iterable[LayerResult]", lines: "Sequence[str]", groups: "Sequence[Sequence[str]]" = ()
+) -> "Callable[[RichConsole], None]":
+    """The layers, then what became of each group of them and why, if that was asked for, and lines under them."""
 
     def draw(console: "RichConsole") -> None:
-        from llmopt.report.render import print_layers
+        from llmopt.report.render import print_layers, print_table
 
         print_layers(layers, console)
+        if groups:
+            console.print()
+            print_table(GROUP_COLUMNS, groups, console)
         for line in ("", *lines):
             console.print(line, markup=False, highlight=False)
 

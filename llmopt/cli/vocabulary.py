@@ -4,8 +4,9 @@ from llmopt.recipe import Vocabulary
 
 
 def vocabulary() -> Vocabulary:
-    """Every method, and the reader of gates."""
-    from llmopt.quantize.registry import METHODS
+    """Every method, and the readers of gates and budgets."""
+    from llmopt.precision.budget import parse_budget
+    from llmopt.quantize.registry import check_method
     from llmopt.report.gates import parse_gate
 
-    return Vocabulary(methods=tuple(METHODS), parse_gate=parse_gate)
+    return Vocabulary(check_method=check_method, parse_gate=parse_gate, parse_budget=parse_budget)

@@ -110,7 +110,12 @@ def _title(manifest: Manifest) -> str:
 
 def _introduction(card: Card) -> str:
     manifest = card.manifest
-    scheme = f" with scheme {code(manifest.scheme)} by method {code(manifest.method or '')}" if manifest.scheme else ""
+    budget = f", chosen within {code(manifest.budget)}," if manifest.budget else ""
+    scheme = (
+        f" with scheme {code(manifest.scheme)}{budget} by method {code(manifest.method or '')}"
+        if manifest.scheme
+        else ""
+    )
     revision = f" at revision {code(manifest.source.revision)}" if manifest.source.revision else ""
     architecture = f" ({code(card.architecture)})" if card.architecture else ""
     return (
@@ -153,7 +158,8 @@ def _command(manifest: Manifest) -> str:
     if manifest.source.revision:
         words += ["--revision", manifest.source.revision]
     if manifest.scheme:
-        words += ["--scheme", manifest.scheme, "--method", manifest.method or "rtn"]
+        how = ["--scheme", manifest.scheme] if manifest.budget is None else ["--budget", manifest.budget]
+        words += [*how, "--method", manifest.method or "rtn"]
     if manifest.calibration is not None:
         if manifest.calibration["text"] != BUILT_IN_CALIBRATION:
             words += ["--calib", str(manifest.calibration["text"])]

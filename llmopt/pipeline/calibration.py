@@ -5,7 +5,7 @@ Before a group is quantized, what enters it is summed up; behind it, the windows
 each layer is fitted to what the layers before it really give. One block is in memory, and the hidden states.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,12 +15,13 @@ from torch import Tensor
 from llmopt.calibrate.text import Corpus
 from llmopt.calibrate.windows import windows
 from llmopt.engine.base import TokenIds
-from llmopt.engine.blocks import RotaryTables, activated, embed, mixed, normalize
+from llmopt.engine.blocks import RotaryTables, activated, block_forward, embed, mixed, normalize
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.quantize.execute import round_rows
+from llmopt.quantize.fold import InputSample
 from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.weights import QuantizedWeight
 
@@ -33,6 +34,7 @@ CALIBRATION_TOKENS = 64 * 512
 WINDOW = 512
 PANELS, MIN_PANEL = 4, 64
 KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
+SAMPLED_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,27 @@ class Moment:
         return InputStatistics(tokens=self.tokens, second_moment_II=lower_II + lower_II.tril(-1).T)
 
 
+class Sampler:
+    """Every so many of the inputs that come window by window."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+        self.seen = 0
+        self.rows: list[Tensor] = []
+        self.largest_I = torch.zeros(())
+
+    def add(self, x_BTI: Tensor) -> None:
+        """Look at some more."""
+        x_NI = x_BTI.flatten(0, -2)
+        self.rows.append(x_NI[-self.seen % self.stride :: self.stride].clone())
+        self.largest_I = torch.maximum(self.largest_I, x_NI.abs().amax(0))
+        self.seen += len(x_NI)
+
+    def sample(self) -> InputSample:
+        """What was kept."""
+        return InputSample(tokens_NI=torch.cat(self.rows), largest_I=self.largest_I)
+
+
 @dataclass
 class Calibration:
     """Windows of text on their way through the model: `embedding`, then `block` for each block, then `head`.
@@ -112,6 +135,26 @@ class Calibration:
         """Look the tokens up in the table as it is stored."""
         dense = {name: densify(weight) for name, weight in weights.items()}
         self.hidden = [embed(self.spec.embedding, dense, torch.from_numpy(ids)[None]) for ids in self.windows]
+
+    @torch.inference_mode()
+    def look(self, block: Block, floats: Mapping[str, Tensor]) -> dict[str, InputSample]:
+        """What enters the linears of a block while none of them is quantized, by the name of the first that reads it.
+
+        The windows stay where they are. `floats` has linears as [out, in].
+        """
+        stride = max(1, sum(map(len, self.windows)) // SAMPLED_TOKENS)
+        readers = (block.attention.inputs[0], block.attention.output, block.mlp.inputs[0], block.mlp.down)
+        samplers = {linear.name: Sampler(stride) for linear in readers}
+
+        def apply(linear: Linear, x: Tensor) -> Tensor:
+            if linear.name in samplers:
+                samplers[linear.name].add(x)
+            bias = floats[f"{linear.name}.bias"] if linear.bias else None
+            return torch.nn.functional.linear(x, floats[linear.weight.name], bias)
+
+        for hidden in self.hidden:
+            block_forward(block, floats, hidden, self.tables.turn(block, 0, hidden.shape[1]), apply=apply)
+        return {name: sampler.sample() for name, sampler in samplers.items()}
 
     @torch.inference_mode()
     def block(self, block: Block, weights: Weights, quantize: QuantizeGroup) -> None:

@@ -21,6 +21,7 @@ from llmopt.pipeline.verify import References, Verification, verify
 from llmopt.pipeline.windows import verification_windows
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
+from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
 from llmopt.report.results import LayerResult
 
@@ -37,6 +38,7 @@ class Export:
     seed: int
     threads: int
     calibration: CalibrationText | None = None  # for a method that needs inputs
+    folds: tuple[Fold, ...] = ()
 
     @property
     def spec(self) -> ModelSpec:
@@ -75,7 +77,7 @@ def write_graph(
         open_checkpoint(job.source) as checkpoint,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration)
+        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds)
         embedding = parts.embedding()
         graph.embedding(embedding.weights)
         references.embedding(embedding.weights)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from llmopt.model.checkpoint import Checkpoint
-from llmopt.model.spec import Linear, ModelSpec, TensorSpec
+from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 from llmopt.pipeline.calibration import Calibration, Weights
+from llmopt.pipeline.folding import fold_block
 from llmopt.quantize.assign import Assignment
+from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import InputStatistics, Method
+from llmopt.quantize.registry import JOIN
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight, split_rows, stack_rows
@@ -33,8 +36,8 @@ class Part:
 class PartReader:
     """Reads a checkpoint part by part and quantizes what is assigned a scheme. `method` None quantizes nothing.
 
-    A method that needs inputs gets them from the `calibration`, which the parts pass through. The table, which has
-    none, is rounded to nearest.
+    A method that needs inputs gets them from the `calibration`, which the parts pass through; so do `folds`, which
+    scale the weights of a block before they are quantized. The table, which has no inputs, is rounded to nearest.
     """
 
     def __init__(
@@ -44,12 +47,18 @@ class PartReader:
         assignments: Mapping[str, Assignment],
         method: Method | None,
         calibration: Calibration | None = None,
+        *,
+        folds: Sequence[Fold] = (),
     ) -> None:
+        assert calibration is not None or not folds
         self.spec = spec
         self.checkpoint = checkpoint
         self.assignments = assignments
         self.method = method
         self.calibration = calibration
+        self.folds = folds
+        self.folded: dict[str, Tensor] = {}  # of the block at hand; linears as [out, in]
+        self.folds_of: dict[str, list[str]] = {}
 
     def embedding(self) -> Part:
         """The token table, and learned positions."""
@@ -64,6 +73,7 @@ class PartReader:
     def blocks(self) -> Iterator[Part]:
         """Each block."""
         for block in self.spec.blocks:
+            self._fold(block)
             part = Part(self._read([tensor for norm in block.norms() for tensor in norm.tensors()]), [])
             if self.calibration is None:
                 self._add(part, list(block.linears()), None)
@@ -83,6 +93,24 @@ class PartReader:
         shared = embedding.layers[0]
         part.layers.append(self._result(head.name, table, shared.relative_error, shared.method))
         return part
+
+    def _fold(self, block: Block) -> None:
+        """Have the weights of a block folded; from then on they are read as they were left."""
+        self.folded, self.folds_of = {}, {}
+        if not self.folds:
+            return
+        assert self.calibration is not None
+        floats = {tensor.name: self.checkpoint.read(tensor) for tensor in block.tensors()}
+        for linear in block.linears():
+            floats[linear.weight.name] = self._read_linear(linear.weight, transposed=linear.transposed)
+        for fold in self.folds:
+            samples = self.calibration.look(block, floats)
+            for name in fold_block(fold, block, floats, samples, self._scheme_of):
+                self.folds_of.setdefault(name, []).append(fold.name)
+        self.folded = floats
+
+    def _scheme_of(self, linear: Linear) -> Scheme | None:
+        return self.assignments[linear.name].scheme
 
     def _add(self, part: Part, linears: Sequence[Linear], inputs: InputStatistics | None) -> None:
         """Read linears that share their inputs into a part; those of one scheme are fitted to them as one weight."""
@@ -111,9 +139,14 @@ class PartReader:
         ]
 
     def _read(self, tensors: list[TensorSpec]) -> Weights:
-        return {tensor.name: self.checkpoint.read(tensor) for tensor in tensors}
+        return {tensor.name: self._folded_or_stored(tensor) for tensor in tensors}
+
+    def _folded_or_stored(self, tensor: TensorSpec) -> Tensor:
+        return self.folded[tensor.name] if tensor.name in self.folded else self.checkpoint.read(tensor)
 
     def _read_linear(self, tensor: TensorSpec, *, transposed: bool) -> Tensor:
+        if tensor.name in self.folded:
+            return self.folded[tensor.name]
         weight = self.checkpoint.read(tensor)
         return weight.T.contiguous() if transposed else weight
 
@@ -147,4 +180,6 @@ class PartReader:
         reason = self.assignments[name].reason
         if not isinstance(weight, QuantizedWeight):
             return LayerResult(name=name, scheme=None, method=None, reason=reason or "not quantized")
+        if method is not None:
+            method = JOIN.join([*self.folds_of.get(name, []), method])
         return LayerResult(name=name, scheme=weight.scheme.name, method=method, reason=reason, relative_error=error)

@@ -27,24 +27,47 @@ from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
+from llmopt.pipeline.heldout import HeldOutLoss
+from llmopt.pipeline.mixed import (
+    ROUNDS,
+    ExceededError,
+    Mix,
+    divided,
+    fixed_layers,
+    outcome_json,
+    outcome_note,
+    planned,
+    require_float_activations,
+)
 from llmopt.pipeline.verify import Verification
+from llmopt.precision.budget import Budget, SizeBudget
+from llmopt.precision.groups import fused_groups
+from llmopt.precision.plan import Plan, solve
 from llmopt.progress import Progress, Silent
 from llmopt.quantize.assign import Assignment, Override, assign
+from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
-from llmopt.quantize.registry import find_method
+from llmopt.quantize.registry import find_folds, find_method, looks_at_inputs
 from llmopt.quantize.scheme import Scheme
 from llmopt.report.results import Candidate, LayerResult, Measurement, Report
+
+MIXED = "mixed"  # the scheme of an artifact in which a budget chose that of every layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeRequest:
-    """What to quantize, how, and where to. Everything in it can be checked before a weight is read."""
+    """What to quantize, how, and where to. Everything in it can be checked before a weight is read.
+
+    With a `budget` each layer that no pattern names gets the scheme that the budget is best spent on; of `scheme` only
+    what it says of activations counts then.
+    """
 
     model: str
     output: Path
     scheme: Scheme
+    budget: Budget | None = None
     method: str = "rtn"
-    calib: Path | None = None  # text for a method that needs inputs; None: what comes with llmopt
+    calib: Path | None = None  # text for a budget, or a method that needs inputs; None: what comes with llmopt
     calib_tokens: int | None = None
     overrides: tuple[Override, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -62,12 +85,17 @@ class Prepared:
     request: QuantizeRequest
     source: ModelSource
     method: Method
+    folds: tuple[Fold, ...]
     assignments: Mapping[str, Assignment]
     calibration: CalibrationText | None
+    mix: Mix | None = None  # for a request with a budget
+    plan: Plan | None = None  # once it was made; the assignments are then its own
 
     @property
     def estimated_bytes(self) -> int:
-        """What the weights will take on disk."""
+        """What the weights will take on disk; at most, as long as a budget has no plan."""
+        if self.plan is None and isinstance(self.request.budget, SizeBudget):
+            return self.request.budget.model_bytes
         return estimated_bytes(self.source.spec, self.assignments)
 
     def manifest(self) -> Manifest:
@@ -76,8 +104,9 @@ class Prepared:
         return Manifest(
             source=source_entry(self.source),
             format=FORMAT,
-            scheme=request.scheme.name,
-            method=self.method.name,
+            scheme=request.scheme.name if request.budget is None else MIXED,
+            budget=None if request.budget is None else str(request.budget),
+            method=request.method,
             calibration=None if self.calibration is None else self.calibration.entry(),
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
             ignore=request.ignore,
@@ -88,12 +117,13 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeResult:
-    """The artifact, its report, and how far its graph is from the quantized model in torch."""
+    """The artifact, its report, how far its graph is from the quantized model in torch, and the plan of a budget."""
 
     path: Path
     manifest: Manifest
     report: Report
     verification: Verification
+    plan: Plan | None = None
 
 
 def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
@@ -102,23 +132,47 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     Raises:
         LlmoptError: the model is not there or not supported, or a pattern is wrong.
     """
-    method = find_method(request.method)
+    method, folds = find_method(request.method), find_folds(request.method)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
     require_heads(source.spec)
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore)
     calibration = calibration_text(request, method)
-    return Prepared(request=request, source=source, method=method, assignments=assignments, calibration=calibration)
+    mix = None
+    if request.budget is not None:
+        assert calibration is not None
+        require_float_activations(request.scheme)
+        calibration, held_out = divided(calibration)
+        mix = Mix(
+            source=source,
+            budget=request.budget,
+            groups=fused_groups(source.spec, fixed_layers(source.spec, assignments, request.overrides, request.ignore)),
+            fitted=calibration.corpus,
+            held_out=held_out,
+            method=method.name,
+            seed=request.seed,
+            threads=request.threads,
+        )
+        mix.require_reachable()
+    return Prepared(
+        request=request,
+        source=source,
+        method=method,
+        folds=folds,
+        assignments=assignments,
+        calibration=calibration,
+        mix=mix,
+    )
 
 
 def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationText | None:
-    """What a method that needs inputs is given to read.
+    """What a budget, or a method that needs inputs, is given to read.
 
     Raises:
-        UsageError: text is given to a method that does not, or is not there.
+        UsageError: text is given where none is read, or is not there.
     """
-    if not method.needs_inputs:
+    if not looks_at_inputs(request.method) and request.budget is None:
         if request.calib is not None or request.calib_tokens is not None:
             raise UsageError(
                 f"method {method.name} looks at the weights alone: it reads no text",
@@ -142,7 +196,39 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
 
 
 def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
-    """Do what was prepared."""
+    """Do what was prepared; under a budget, again with what was learnt, where an artifact was not within it."""
+    if prepared.mix is None:
+        return write(prepared, progress)
+    prepared = with_plan(prepared, progress)
+    for _ in range(ROUNDS - 1):
+        try:
+            return write(prepared, progress)
+        except ExceededError as exceeded:
+            assert prepared.plan is not None
+            progress.say(f"{exceeded.what}: once more, with what was learnt")
+            prepared = _planned(prepared, solve(prepared.plan.problem, prepared.plan.budget, exceeded.correction))
+    return write(prepared, progress)
+
+
+def with_plan(prepared: Prepared, progress: Progress) -> Prepared:
+    """The same with the schemes that its budget is best spent on, which takes reading all weights.
+
+    Raises:
+        LlmoptError: the weights are damaged, or nothing is within the budget.
+    """
+    return prepared if prepared.mix is None else _planned(prepared, prepared.mix.plan(progress))
+
+
+def _planned(prepared: Prepared, plan: Plan) -> Prepared:
+    return dataclasses.replace(prepared, plan=plan, assignments=planned(prepared.assignments, plan))
+
+
+def write(prepared: Prepared, progress: Progress) -> QuantizeResult:
+    """Write an artifact with the schemes that are assigned.
+
+    Raises:
+        LlmoptError: see `quantize`.
+    """
     request = prepared.request
     job = Export(
         source=prepared.source,
@@ -150,19 +236,25 @@ def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
         method=prepared.method,
         seed=request.seed,
         threads=request.threads,
-        calibration=prepared.calibration,
+        calibration=prepared.calibration if looks_at_inputs(request.method) else None,
+        folds=prepared.folds,
     )
     check_free_disk(request.output.parent, prepared.estimated_bytes)
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
+        loss = None
+        if prepared.mix is not None and prepared.plan is not None:
+            loss = prepared.mix.check(prepared.plan, folder, progress)
         manifest = write_manifest(folder, prepared.manifest())
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
-        report = describe(prepared, size_bytes, layers, verification)
+        report = describe(prepared, size_bytes, layers, verification, loss)
         write_json(folder / REPORT, report.to_json())
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")
-    return QuantizeResult(path=request.output, manifest=manifest, report=report, verification=verification)
+    return QuantizeResult(
+        path=request.output, manifest=manifest, report=report, verification=verification, plan=prepared.plan
+    )
 
 
 def source_entry(source: ModelSource) -> Source:
@@ -172,15 +264,19 @@ def source_entry(source: ModelSource) -> Source:
 
 
 def describe(
-    prepared: Prepared, size_bytes: int, layers: tuple[LayerResult, ...], verification: Verification
+    prepared: Prepared,
+    size_bytes: int,
+    layers: tuple[LayerResult, ...],
+    verification: Verification,
+    loss: HeldOutLoss | None = None,
 ) -> Report:
     """The report of an artifact that was not benched yet: its size, its layers, and how well the export agrees."""
     request = prepared.request
     candidate = Candidate(
         name=request.output.name,
         engine="onnxruntime",
-        scheme=request.scheme.name,
-        method=prepared.method.name,
+        scheme=prepared.manifest().scheme,
+        method=request.method,
         metrics={"size_bytes": Measurement(value=size_bytes, n=1, unit="bytes")},
         layers=layers,
     )
@@ -190,6 +286,9 @@ def describe(
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:
             notes.append("calibrated on llmopt's own stories: --calib with text like what it will read is better")
+    if prepared.plan is not None and loss is not None:
+        settings["budget"] = outcome_json(prepared.plan, loss)
+        notes.append(outcome_note(prepared.plan, loss))
     if prepared.source.spec.genai_type is None:
         notes.append("onnxruntime-genai does not know this family: there is no genai_config.json")
     return Report(

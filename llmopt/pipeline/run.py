@@ -9,6 +9,7 @@ from llmopt.measure.latency import LatencySettings
 from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
 from llmopt.pipeline.bench_checks import check_lengths
 from llmopt.pipeline.quantize import Prepared, QuantizeRequest, execute, prepare
+from llmopt.precision.budget import parse_budget
 from llmopt.progress import Progress
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.recipe import BenchStep, QuantizeStep, Recipe
@@ -100,6 +101,7 @@ def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> Quantiz
         model=recipe.model,
         output=Path(recipe.output) / step.name,
         scheme=parse_scheme(step.scheme),
+        budget=None if step.budget is None else parse_budget(step.budget),
         method=step.method,
         calib=step.calib,
         calib_tokens=step.calib_tokens,

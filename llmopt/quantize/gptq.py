@@ -90,12 +90,12 @@ def inverse_factor(moment_II: Tensor, damping: float) -> Tensor:
         return torch.eye(len(moment_II))
     while damping <= MOST_DAMPING:
         damped_II = moment_II + damping * mean * torch.eye(len(moment_II), dtype=torch.float64)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        # With both axes turned round, H = R Rᵀ for an upper R, and so U = R⁻¹: H need not be inverted itself.
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
         if not failed:
-            inverse_II = torch.cholesky_inverse(lower_II)
-            upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
-            if not failed:
-                factor_II: Tensor = upper_II.float()
+            identity_II = torch.eye(len(moment_II), dtype=torch.float64)
+            factor_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True).float()
+            if bool(factor_II.isfinite().all()):
                 return factor_II
         damping *= 10
     raise LlmoptError("the second moment of a linear's inputs is not positive definite", hint="give more text: --calib")

@@ -1,12 +1,16 @@
-"""The methods, by the names that people type. A method is imported when it is used: most of them need torch."""
+"""The methods, by the names that people type. A method is imported when it is used: most of them need torch.
+
+A fold may stand before a method, `smoothquant+gptq`; by itself it is followed by `search`.
+"""
 
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from llmopt.errors import UsageError, near_match
 
 if TYPE_CHECKING:
+    from llmopt.quantize.fold import Fold
     from llmopt.quantize.method import Method
 
 # Name, then where its class is.
@@ -15,24 +19,70 @@ METHODS: Mapping[str, str] = {
     "search": "llmopt.quantize.search:Search",
     "gptq": "llmopt.quantize.gptq:Gptq",
 }
+FOLDS: Mapping[str, str] = {
+    "awq": "llmopt.quantize.awq:Awq",
+    "smoothquant": "llmopt.quantize.smoothquant:SmoothQuant",
+}
+JOIN = "+"
+BEHIND_A_FOLD = "search"
 
 
 def check_method(name: str) -> None:
     """See that there is a method of that name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or a method stands before another.
     """
-    if name not in METHODS:
-        raise UsageError(f"there is no method {name!r}", hint=near_match(name, METHODS))
+    split(name)
 
 
 def find_method(name: str) -> "Method":
-    """The method of that name, with its default settings.
+    """The method of that name, with its default settings; its folds are left out.
 
     Raises:
         UsageError: there is none.
     """
-    check_method(name)
-    module, _, method = METHODS[name].partition(":")
-    return cast("Method", getattr(importlib.import_module(module), method)())
+    return cast("Method", _made(METHODS[split(name)[1]]))
+
+
+def find_folds(name: str) -> "tuple[Fold, ...]":
+    """The folds that stand before the method, in their order.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    return tuple(cast("Fold", _made(FOLDS[fold])) for fold in split(name)[0])
+
+
+def looks_at_inputs(name: str) -> bool:
+    """Whether the method of that name cannot do without calibration text.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    return bool(split(name)[0]) or find_method(name).needs_inputs
+
+
+def split(name: str) -> tuple[tuple[str, ...], str]:
+    """A method's name as its folds, and what rounds behind them.
+
+    Raises:
+        UsageError: a part is not known, or not in its place.
+    """
+    *first, last = name.split(JOIN)
+    folds, method = (tuple(first), last) if last not in FOLDS else ((*first, last), BEHIND_A_FOLD)
+    for part in (*folds, method):
+        if part not in METHODS and part not in FOLDS:
+            raise UsageError(f"there is no method {part!r}", hint=near_match(part, [*METHODS, *FOLDS]))
+    misplaced = [part for part in folds if part not in FOLDS]
+    if misplaced or len(set(folds)) < len(folds):
+        raise UsageError(
+            f"{name!r}: before the last {JOIN!r} stand folds, each once",
+            hint=f"folds: {', '.join(FOLDS)}; methods: {', '.join(METHODS)}; such as smoothquant{JOIN}gptq",
+        )
+    return folds, method
+
+
+def _made(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)()

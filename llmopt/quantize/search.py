@@ -26,8 +26,11 @@ class Search:
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32."""
+        return self.round_to_grid(weight_OI, scheme, required(inputs).second_moment_II.diagonal())
+
+    def round_to_grid(self, weight_OI: Tensor, scheme: Scheme, importance_I: Tensor) -> QuantizedWeight:
+        """The same, from the mean square of each input, [in]."""
         if scheme.activation_bits == 8:
             return quantize_rows(weight_OI, scheme)
         shrinks = [1 - self.clip_range * step / self.clip_steps for step in range(self.clip_steps)]
-        importance_I = required(inputs).second_moment_II.diagonal()
         return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks, importance_I))

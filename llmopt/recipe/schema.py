@@ -1,6 +1,6 @@
 """What a recipe may say, as types. The strings under the fields are the descriptions that editors show."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,10 +16,11 @@ SCHEMA = "llmopt.recipe/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Words that a recipe uses and rooms above this one define. `parse_gate` raises UsageError for what is no gate."""
+    """Words that a recipe uses and rooms above this one define: each raises UsageError for what is none."""
 
-    methods: Collection[str]
+    check_method: Callable[[str], object]
     parse_gate: Callable[[str], object]
+    parse_budget: Callable[[str], object]
 
 
 def _vocabulary(info: ValidationInfo) -> Vocabulary:
@@ -40,9 +41,10 @@ def _known_scheme(text: str) -> str:
 
 
 def _known_method(name: str, info: ValidationInfo) -> str:
-    methods = _vocabulary(info).methods
-    if name not in methods:
-        raise _refused(UsageError(f"{name!r} is not a method", hint=near_match(name, methods)))
+    try:
+        _vocabulary(info).check_method(name)
+    except UsageError as error:
+        raise _refused(error) from error
     return name
 
 
@@ -52,6 +54,14 @@ def _known_gate(expression: str, info: ValidationInfo) -> str:
     except UsageError as error:
         raise _refused(error) from error
     return expression
+
+
+def _known_budget(text: str, info: ValidationInfo) -> str:
+    try:
+        _vocabulary(info).parse_budget(text)
+    except UsageError as error:
+        raise _refused(error) from error
+    return text
 
 
 def _gate_from_text(value: Any) -> Any:
@@ -88,12 +98,14 @@ class QuantizeStep(_Section):
 
     name: Name
     """Names the artifact's folder, and the candidate in gates and reports."""
-    scheme: Scheme
+    scheme: Scheme = "w8a16"
     """Such as w8a16, w4a16-g32-asym or w8a8."""
+    budget: Annotated[str, AfterValidator(_known_budget)] | None = None
+    """Choose each layer's scheme within 92MB, 4.5bits or '+2% perplexity'. null: every layer gets `scheme`."""
     method: Annotated[str, AfterValidator(_known_method)] = "rtn"
-    """How the numbers are found."""
+    """How the numbers are found: rtn, search, gptq; awq or smoothquant may stand before, as in smoothquant+gptq."""
     calib: Annotated[Path | None, Field(strict=False)] = None
-    """Text to calibrate on, for methods that need it: a file, relative to the recipe. null: llmopt's own stories."""
+    """Text for a budget and methods that look at inputs: a file, relative to the recipe. null: llmopt's own stories."""
     calib_tokens: Count | None = None
     """How much of it is read, in tokens. null: 32768."""
     ignore: Many[str] = ()

@@ -51,6 +51,11 @@ def print_layers(layers: Iterable[LayerResult], console: Console) -> None:
     _print_rows(LAYER_COLUMNS, layer_rows(layers), console)
 
 
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Any rows under a head; the last column is folded first."""
+    _print_rows(columns, rows, console)
+
+
 def _print_comparison(metrics: Sequence[MetricRows], console: Console) -> None:
     """A line a metric and model, or two on a narrow console: the value above its interval, the change above its own."""
     rows = [COLUMNS, *((f"  {name}", *cells) for each in metrics for name, *cells in each.rows)]

@@ -47,6 +47,7 @@ def test_a_command_ends_with_the_code_that_it_returns(run_raising, code):
         (errors.UnsupportedError, 3),
         (errors.ArtifactError, 3),
         (errors.FallbackError, 3),
+        (errors.BudgetError, 3),
         (errors.VerificationError, 3),
         (errors.ResourceError, 3),
     ],
