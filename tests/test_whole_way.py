@@ -129,6 +129,35 @@ class TestQuantize:
         assert told in ended.err
         assert only_entry(tmp_path, "text.txt")
 
+    @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+    def test_tensors_that_the_model_does_not_use_are_named(self, llmopt, damaged, tmp_path, dry):
+        extra = {f"vision.{number}.weight": torch.ones(2) for number in range(5)}
+        rewrite(damaged, lambda weights: weights.update(extra))
+        ended = llmopt("quantize", damaged, "-o", tmp_path / "out", "--threads", "1", "--json", *dry)
+        (note,) = json.loads(ended.out)["notes"]
+        assert "5 tensors that the model does not use: vision.0.weight, vision.1.weight," in note
+        assert note.endswith("and 2 more")
+
+    def test_a_dry_run_foresees_what_would_stop_the_real_one(self, llmopt, tmp_path, monkeypatch):
+        options = ("quantize", "demo", "-o", tmp_path / "out", "--dry-run")
+        few = llmopt(*options, "--method", "gptq", "--calib-tokens", "100")
+        assert (few.code, "640 inputs" in few.err) == (2, True)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        full = llmopt(*options)
+        assert (full.code, "the disk has no room" in full.err) == (3, True)
+
+    def test_a_dry_run_names_the_method_that_each_layer_will_get(self, llmopt, tmp_path):
+        ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--dry-run", "--method", "gptq", "--json")
+        methods = {layer["name"]: layer["method"] for layer in json.loads(ended.out)["layers"]}
+        assert methods.pop("model.embed_tokens") == methods.pop("lm_head") == "rtn"
+        assert set(methods.values()) == {"gptq"}
+
+    def test_an_artifact_is_no_model(self, llmopt, int4, tmp_path):
+        ended = llmopt("quantize", int4, "-o", tmp_path / "out")
+        assert ended.code == 2
+        assert "this is an artifact of llmopt" in ended.err
+        assert "give its source, demo" in ended.err
+
     def test_a_dry_run_writes_nothing(self, llmopt, tmp_path):
         ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--dry-run", "--json")
         assert ended.code == 0
@@ -217,9 +246,13 @@ class TestDamagedModels:
         self.assert_refused(llmopt, damaged, "save_pretrained")
 
     def test_no_tokenizer(self, llmopt, damaged):
-        for path in damaged.glob("*token*"):
-            path.unlink()
-        self.assert_refused(llmopt, damaged, "tokenizer")
+        for kept in ("tokenizer_config.json", None):
+            for path in damaged.glob("*token*"):
+                if path.name != kept:
+                    path.unlink()
+            self.assert_refused(llmopt, damaged, f"the model has no tokenizer\n  in: {damaged}\n")
+            ended = llmopt("bench", damaged, "--baseline", damaged, *ACCURACY)
+            assert f"the model has no tokenizer\n  in: {damaged}\n" in ended.err
 
     def test_an_unknown_family(self, llmopt, damaged):
         config = json.loads((damaged / "config.json").read_text())

@@ -174,6 +174,7 @@ def show_plan(request: "QuantizeRequest", console: Console, shown: Shown) -> Non
 
     check_destination(request.output, force=request.force)
     prepared = with_plan(prepare(request, console.progress), console.progress)
+    prepared.require_room()
     layers = planned_layers(prepared)
     value = {
         "schema": "llmopt.quantize-plan/1",
@@ -181,8 +182,10 @@ def show_plan(request: "QuantizeRequest", console: Console, shown: Shown) -> Non
         "output": str(request.output),
         "estimated_bytes": prepared.estimated_bytes,
         "layers": [layer.to_json() for layer in layers],
+        "notes": list(prepared.notes),
     }
     lines = [f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB; nothing was done"]
+    lines = [*prepared.notes, *lines]
     if prepared.plan is not None:
         value["budget"] = plan_json(prepared.plan, explain(prepared.plan))
         lines = [plan_line(prepared.plan), *lines]
@@ -194,12 +197,11 @@ def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
     """Each layer with what it is to get."""
     from llmopt.report.results import LayerResult
 
-    method = prepared.request.method
     return tuple(
         LayerResult(
             name=item.name,
             scheme=None if item.scheme is None else item.scheme.name,
-            method=None if item.scheme is None else method,
+            method=None if item.scheme is None else prepared.method_of(item.name),
             reason=item.reason,
         )
         for item in prepared.assignments.values()

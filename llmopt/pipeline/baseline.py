@@ -11,6 +11,7 @@ from llmopt.measure.host import versions
 from llmopt.model.source import open_source
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
 from llmopt.pipeline.quantize import source_entry
+from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 
@@ -47,6 +48,7 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     folder = cache_folder() / "baselines" / f"{printable(source.name)}-{manifest.key[:16]}"
     if _is_whole(folder):
         return folder
+    open_tokenizer(source)  # a mistake in it should name the model's folder, not the one that is being written
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_free_disk(folder.parent, estimated_bytes(source.spec, assignments))
     job = Export(source=source, assignments=assignments, method=None, seed=0, threads=threads)

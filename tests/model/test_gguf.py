@@ -260,6 +260,7 @@ def test_llama3_scaling_is_recovered_from_its_table(tmp_path: Path) -> None:
     assert dict(rotary.scaling) == expected | {"rope_type": "llama3", "original_max_position_embeddings": 8192}
     with open_checkpoint(source) as opened:
         assert opened.ignored == ("rope_freqs.weight",)
+        assert opened.unknown == ()
 
 
 def test_a_table_that_follows_no_known_rule_is_refused(tmp_path: Path) -> None:
