@@ -184,6 +184,7 @@ class TestQuantize:
             (["--override", "lm_head=w8a16", "--override", "embed_tokens=w4a16"], "tied"),
             (["--format", "gguf"], "onnx"),
             (["--shceme", "w8a16"], "--scheme"),
+            (["-o", ""], "name one: -o OUT"),
         ],
     )
     def test_a_mistake_on_the_command_line_is_told_before_anything_is_written(self, llmopt, tmp_path, words, told):
@@ -485,6 +486,24 @@ def prompt_of(folder, prompt, system):
     return tokenizer.decode(prompt_ids(GenerateRequest(model=str(folder), prompt=prompt, system=system), tokenizer))
 
 
+def first_token(folder, prompt):
+    """What the model says first, as a token."""
+    import numpy as np
+
+    from llmopt.engine.ort import OrtEngine
+    from llmopt.model.tokenizer import Tokenizer
+    from llmopt.pipeline.generate import GenerateRequest, prompt_ids
+
+    ids = prompt_ids(GenerateRequest(model=str(folder), prompt=prompt), Tokenizer.from_folder(folder))
+    return int(OrtEngine(folder, threads=1).stream(len(ids)).feed(np.array(ids)).argmax())
+
+
+def forget_hashes(folder):
+    """Have a manifest name no files, so that they may be changed."""
+    manifest = json.loads((folder / "llmopt.json").read_text())
+    (folder / "llmopt.json").write_text(json.dumps(manifest | {"files": {}}))
+
+
 class TestGenerate:
     def test_an_artifact_and_its_model_tell_stories(self, llmopt, int4):
         for model in (int4, "demo"):
@@ -500,7 +519,7 @@ class TestGenerate:
         assert said[0] == said[1] != said[2]
 
     def test_a_prompt_may_come_from_stdin(self, llmopt, int4, monkeypatch):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Once"))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once\n"))  # as `echo` ends it
         piped = llmopt("generate", int4, "-", "--max-tokens", "10", "--json")
         typed = llmopt("generate", int4, "Once", "--max-tokens", "10", "--json")
         assert (piped.code, typed.code) == (0, 0)
@@ -525,6 +544,23 @@ class TestGenerate:
         refused = llmopt("generate", int4, "Once", "--system", "Be brief")
         assert refused.code == 2
         assert "--system" in refused.err
+
+    def test_a_prompt_that_is_no_text_is_refused(self, llmopt, int4, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe bad"), encoding="utf-8"))
+        for prompt in (os.fsdecode(b"\xff\xfe bad"), "-"):
+            ended = llmopt("generate", int4, prompt)
+            assert ended.code == 2
+            assert "the prompt is not UTF-8 text" in ended.err
+
+    def test_a_model_that_ends_early_or_runs_out_of_room_is_remarked_on(self, llmopt, int4, tmp_path):
+        ended = llmopt("generate", int4, "Once upon a time", "--max-tokens", "2000", "--temperature", "0")
+        assert "the model reads 1024 tokens: behind this prompt there is room for 10" in ended.err
+        folder = shutil.copytree(int4, tmp_path / "silent")
+        config = json.loads((folder / "generation_config.json").read_text())
+        first = first_token(folder, "Once")
+        (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": first}))
+        forget_hashes(folder)
+        assert "the model ended at once" in llmopt("generate", folder, "Once").err
 
     def test_an_empty_prompt_and_one_that_is_too_long_are_refused(self, llmopt, int4):
         assert llmopt("generate", int4, "").code == 2

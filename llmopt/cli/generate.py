@@ -42,7 +42,7 @@ def generate(
     from llmopt.pipeline.generate import GenerateRequest
     from llmopt.pipeline.generate import generate as do_generate
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_prompt(prompt)
     console = Console(json=json, quiet=quiet)
     request = GenerateRequest(
         model=model,
@@ -64,6 +64,22 @@ def generate(
     for piece in pieces:
         write_out(piece)
     write_out("\n")
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt as typed, or from standard input without the line end that `echo` puts behind it.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    from llmopt.errors import UsageError
+
+    try:
+        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        text.encode()  # bytes of an argument that are no text come as lone surrogates
+    except UnicodeError as error:
+        raise UsageError("the prompt is not UTF-8 text", hint="convert it: iconv -f LATIN1 -t UTF-8") from error
+    return text
 
 
 def as_object(request: "GenerateRequest", text: str) -> dict[str, object]:

@@ -10,7 +10,22 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or demo.")]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")]
+
+
+def folder(text: str) -> Path:
+    """A folder to write.
+
+    Raises:
+        UsageError: it has no name; a path would take that for the working folder.
+    """
+    from llmopt.errors import UsageError
+
+    if not text:
+        raise UsageError("the name of the folder is empty", where="--output", hint="name one: -o OUT")
+    return Path(text)
+
+
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", parser=folder, help="The folder to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no remarks.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Every random draw comes from it (default 0).")]

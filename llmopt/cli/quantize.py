@@ -1,5 +1,6 @@
 """`llmopt quantize`: a model in, a quantized artifact out, checked against what it should compute."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -217,11 +218,12 @@ def show_result(request: "QuantizeRequest", console: Console, shown: Shown) -> N
     if result.plan is not None:
         shown.draw(result.plan)
     layers = result.report.candidates[0].layers
-    console.result(value, drawing(layers, outcome_lines(result), shown.table(result.plan)))
+    console.result(value, drawing(layers, outcome_lines(result, request.model), shown.table(result.plan)))
 
 
-def outcome_lines(result: "QuantizeResult") -> list[str]:
-    """The artifact in a few lines."""
+def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:
+    """The artifact in a few lines, and what to do with it and the model that it was made from."""
+    path = shlex.quote(str(result.path))
     size = result.report.candidates[0].metrics["size_bytes"]
     assert size is not None
     exact, shipped = result.verification.exact, result.verification.shipped
@@ -231,7 +233,8 @@ def outcome_lines(result: "QuantizeResult") -> list[str]:
         f"  in float32: relative error {exact.relative_error:.1e}, top-1 agreement {exact.top1_agreement:.1%}",
         f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}",
         *result.report.notes,
-        f"next: llmopt bench {result.path} --baseline MODEL, llmopt generate {result.path} PROMPT",
+        f"next: llmopt bench {path} --baseline {shlex.quote(model)}",
+        f"      llmopt generate {path} PROMPT",
     ]
 
 
