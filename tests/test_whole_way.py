@@ -368,11 +368,14 @@ class TestBench:
 
     def test_mistakes_are_told(self, llmopt, int4, tmp_path):
         (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "bytes.txt").write_bytes(b"\x00\xff")
         for words, told in (
             ([int4, "--assert", "perplexty <= 1"], "perplexity"),
             ([int4, "--text", tmp_path / "none.txt"], "none.txt"),
             ([int4, "--text", tmp_path / "empty.txt"], "empty.txt"),
             ([int4, int4], "int4"),
+            ([int4, "--text", tmp_path / "bytes.txt"], "holds zero bytes"),
+            ([int4, "--markdown", tmp_path / "no folder" / "t.md"], f"mkdir -p '{tmp_path / 'no folder'}'"),
             ([tmp_path / "nowhere"], "there is no such folder"),
             ([int4, "--assert", "tpot_ms <= 0.8x"], "leave --no-latency out"),
             ([int4, "--no-accuracy", "--assert", "perplexity <= +1%"], "leave --no-accuracy out"),
@@ -427,7 +430,10 @@ class TestRun:
         other = ("--set", "steps.0.quantize.scheme=w4a16")
         refused = llmopt("run", recipe, *other)
         assert refused.code == 3
+        assert "scheme w8a16-g64-sym and not w4a16-g32-asym\n" in refused.err
         assert "--force" in refused.err
+        assert llmopt("run", recipe, *other, "--dry-run").code == 3
+        assert "int8 is there already" in llmopt("run", recipe, "--dry-run").out
         assert llmopt("run", recipe, *other, "--force").code == 0
         assert load_manifest(graph.parent).scheme == "w4a16-g32-asym"
 

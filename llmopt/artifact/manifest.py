@@ -74,6 +74,16 @@ class Manifest:
         canonical = json.dumps(causes, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def differs(self, other: "Manifest") -> str:
+        """What makes another artifact of it, in words: `scheme w8a8 and not w4a16`."""
+        pairs = [(each.name, getattr(self, each.name), getattr(other, each.name)) for each in dataclasses.fields(self)]
+        differing = [(name, mine, theirs) for name, mine, theirs in pairs if name != "files" and mine != theirs]
+        simple = (str, int, type(None))
+        return ", ".join(
+            f"{name} {mine} and not {theirs}" if isinstance(mine, simple) and isinstance(theirs, simple) else name
+            for name, mine, theirs in differing
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The object that `llmopt.json` holds."""
         return {"schema": SCHEMA, "key": self.key} | dataclasses.asdict(self)

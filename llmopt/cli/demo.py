@@ -32,7 +32,7 @@ def demo(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize the embedded model two ways, and show what that changed. Needs no network and less than a minute.
+    """Quantize the embedded model two ways, and show what changed. Needs no network and less than a minute.
 
     The model is a small Llama that this project trained on stories of its own grammar; the grammar's own perplexity,
     which no model can beat, stands below the table.

@@ -16,18 +16,26 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's folder, or a model.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer or continue; - reads it from stdin.")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after so many tokens.")] = 128,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, metavar="N", help="Stop after so many tokens.")
+    ] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token; higher is more varied.")
+        float,
+        typer.Option(
+            "--temperature", min=0.0, metavar="X", help="0 takes the most likely token; higher is more varied."
+        ),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option("--top-p", min=0.0, max=1.0, help="Choose among the likeliest tokens of this share.")
+        float,
+        typer.Option("--top-p", min=0.0, max=1.0, metavar="P", help="Choose among the likeliest tokens of this share."),
     ] = 1.0,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template (default: if the model has one)."),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="The system message of a chat.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="The system message of a chat.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,

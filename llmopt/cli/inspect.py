@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmopt.cli.console import Console
-from llmopt.cli.options import Json, Model, Quiet
+from llmopt.cli.options import Json, Model, Quiet, Revision
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,11 +24,14 @@ def inspect(
     context: Annotated[
         int | None, typer.Option("--context", min=1, metavar="TOKENS", help="Give costs at this length (default 2048).")
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
+    revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a model is and what it costs, without reading its weights."""
+    """Say what a model is and costs, without reading its weights.
+
+    Example: llmopt inspect demo --context 1024
+    """
     from llmopt.model.inspection import inspect_model
     from llmopt.model.source import open_source
     from llmopt.quantize.assign import assign

@@ -84,12 +84,17 @@ def quantize(
         typer.Option(
             "--override",
             metavar="PATTERN=SCHEME",
-            help="Another scheme for the layers that match: 'lm_head=w8a16', '*.down_proj=w8a16'. May be repeated.",
+            help="Another scheme for the layers whose name, or what stands behind any of its dots, matches: "
+            "'lm_head=w8a16', 'layers.0.*=w8a16'. May be repeated: the last one that matches counts.",
         ),
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option("--ignore", metavar="PATTERN", help="Leave layers that match as they are. May be repeated."),
+        typer.Option(
+            "--ignore",
+            metavar="PATTERN",
+            help="Leave layers that match, in the same way, as they are, whatever --override says. May be repeated.",
+        ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="With --budget: what each group of layers got, and the next best.")
@@ -110,7 +115,7 @@ def quantize(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model to integers, and write an artifact that onnxruntime opens.
+    """Quantize a model into an artifact that onnxruntime opens.
 
     Every linear and embedding gets the scheme or is named with the reason why not. The graph that is written is then
     opened and held against the quantized model in torch; if they differ, nothing is left behind.
@@ -227,7 +232,9 @@ def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:
     size = result.report.candidates[0].metrics["size_bytes"]
     assert size is not None
     exact, shipped = result.verification.exact, result.verification.shipped
+    fitted = "calibration" in result.report.settings
     return [
+        *(["relative errors are those of weights: fitting to inputs raises them, to lower those of outputs"] * fitted),
         f"wrote {result.path}: {size.value / 1e6:,.1f} MB",
         f"the graph against the quantized model in torch, on {exact.tokens} tokens:",
         f"  in float32: relative error {exact.relative_error:.1e}, top-1 agreement {exact.top1_agreement:.1%}",

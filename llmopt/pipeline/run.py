@@ -82,18 +82,17 @@ def is_done(step: Prepared, *, force: bool) -> bool:
     if not output.exists():
         return False
     try:
-        if load_manifest(output, verify=True).key == step.manifest().key:
-            return True
+        found, wanted = load_manifest(output, verify=True), step.manifest()
     except ArtifactError:
         if not force:
             raise
+        return False
+    if found.key == wanted.key:
+        return True
     if force:
         return False
-    raise ArtifactError(
-        "an artifact of another recipe, model or version stands where this step writes",
-        where=str(output),
-        hint="--force replaces it",
-    )
+    what = f"an artifact stands where this step writes, and was made from something else: {found.differs(wanted)}"
+    raise ArtifactError(what, where=str(output), hint="--force replaces it")
 
 
 def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> QuantizeRequest:

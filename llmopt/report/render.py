@@ -17,6 +17,7 @@ from llmopt.report.rows import COLUMNS, GATE_COLUMNS, MetricRows, comparison, ga
 # Only a rule under the head, drawn with what every stream can show.
 HEAD_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 GAP = 3  # blanks between columns
+NAME_PREFIX = "model."
 READABLE = 20  # the least width of a column of sentences
 # For streams that cannot show them, such as a Windows pipe in code page 1252 or a C locale.
 PLAIN_GLYPHS = {"—": "-", "–": "-", "±": "+/-", "×": "x", "…": "..."}
@@ -47,8 +48,21 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def print_layers(layers: Iterable[LayerResult], console: Console) -> None:
-    """What every layer got, equal blocks on one line."""
-    _print_rows(LAYER_COLUMNS, layer_rows(layers), console)
+    """What every layer got, equal blocks on one line.
+
+    On a narrow console names lose the prefix that most have in common, which patterns need not have either, and reasons
+    stand below: a name that is broken in the middle cannot be read.
+    """
+    rows = layer_rows(layers)
+    widths = [max(map(len, column)) for column in zip(LAYER_COLUMNS, *rows, strict=True)]
+    if sum(widths[:-1]) + GAP * len(widths) + READABLE <= console.width:
+        _print_rows(LAYER_COLUMNS, rows, console)
+        return
+    short = [(name.removeprefix(NAME_PREFIX), *cells) for name, *cells in rows]
+    _print_rows(LAYER_COLUMNS[:-1], [row[:-1] for row in short], console)
+    for name, *_, reason in short:
+        if reason:
+            _print_line(f"{name}: {reason}", console)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
