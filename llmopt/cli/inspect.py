@@ -63,13 +63,19 @@ def _identity(inspection: "Inspection") -> "Text":
     attention, tied = spec.blocks[0].attention, "tied to the head" if spec.tied else "apart from the head"
     return Text.assemble(
         (inspection.name, "bold"),
-        f"\n{spec.architecture}, {_count(inspection.parameters)} parameters in {spec.dtype}\n"
+        f"\n{spec.architecture}, {_count(inspection.parameters)} parameters {_stored(inspection)}\n"
         f"{len(spec.blocks)} blocks of width {spec.hidden_size}; {attention.heads} heads of {attention.head_dim}, "
         f"{attention.kv_heads} for keys and values; MLP of {spec.blocks[0].mlp.size}\n"
         f"vocabulary of {spec.vocab_size}, {tied}; context of {spec.context_length} tokens{_limits(inspection)}\n"
         f"KV cache of {_si(inspection.kv_bytes_per_token, 'B')} a token, "
         f"{_si(inspection.kv_bytes_at_context, 'B')} at {inspection.context} tokens",
     )
+
+
+def _stored(inspection: "Inspection") -> str:
+    if inspection.stored_bytes is None:
+        return f"in {inspection.spec.dtype}"
+    return "stored as " + ", ".join(f"{name} ({_si(size, 'B')})" for name, size in inspection.stored_bytes.items())
 
 
 def _limits(inspection: "Inspection") -> str:

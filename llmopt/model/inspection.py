@@ -30,7 +30,10 @@ class PredictedSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A model described at `context` tokens."""
+    """A model described at `context` tokens.
+
+    `stored_bytes` has the bytes in each type of a GGUF file, whose config names none; it is None for other models.
+    """
 
     name: str
     revision: str | None
@@ -44,6 +47,7 @@ class Inspection:
     tensor_parallel: tuple[parallel.TensorParallel, ...]
     quantizable: tuple[storage.Quantizable, ...]
     predicted_sizes: tuple[PredictedSize, ...]
+    stored_bytes: Mapping[str, int] | None = None
 
     @property
     def parameters(self) -> int:
@@ -69,6 +73,7 @@ class Inspection:
             **_identity(self.spec),
             "parameters": self.parameters,
             "size_bytes": self.size_bytes,
+            "stored_bytes": self.stored_bytes,
             "parts": [asdict(part) for part in self.parts],
             "context": self.context,
             "prefill": _work(self.prefill),
@@ -114,7 +119,16 @@ def inspect_model(source: ModelSource, plans: Mapping[str, Plan], context: int |
         tensor_parallel=parallel.tensor_parallel_degrees(spec),
         quantizable=storage.quantizable(spec),
         predicted_sizes=tuple(_predicted(spec, scheme, plan) for scheme, plan in plans.items()),
+        stored_bytes=_stored_bytes(source),
     )
+
+
+def _stored_bytes(source: ModelSource) -> dict[str, int] | None:
+    if source.gguf is None:
+        return None
+    from llmopt.model.gguf_file import bytes_by_type  # noqa: PLC0415 (needs gguf, which other models do not)
+
+    return bytes_by_type(source.gguf)
 
 
 def _predicted(spec: ModelSpec, scheme: str, plan: Plan) -> PredictedSize:
