@@ -55,7 +55,7 @@ def test_a_stream_that_knows_few_characters_gets_question_marks(monkeypatch):
 
 
 def test_a_stream_that_cannot_be_written_is_told_from_a_full_disk():
-    program = "from llmopt.cli.streams import write_out; write_out('text')"
+    program = "from llmopt.cli.console import Console; Console().result({}, 'text')"
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
             [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
