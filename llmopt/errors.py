@@ -15,9 +15,18 @@ Each error says what happened, where, and what to do about it. Gates are results
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
+
+# Set by --debug. In the environment, because worker processes should do the same.
+DEBUG_VARIABLE = "LLMOPT_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether people want to see tracebacks."""
+    return os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}
 
 
 class ExitCode(IntEnum):
@@ -86,13 +95,14 @@ class ResourceError(LlmoptError):
     """The disk or the memory does not suffice."""
 
 
-def near_match(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+def near_match(word: str, known: Iterable[str], otherwise: str | None = None, *, likeness: float = 0.6) -> str:
     """What to try instead of a word that is not known: the nearest one that is, and which there are.
 
-    With `otherwise`, for lists too long to show, the nearest one or that.
+    With `otherwise`, for lists too long to show, the nearest one or that. `likeness` is how near it must be, up to 1:
+    names that others gave to other things are alike by chance more often than words that people mistype.
     """
     words = list(known)
-    nearest = [f"did you mean {near!r}?" for near in difflib.get_close_matches(word, words, n=1)]
+    nearest = [f"did you mean {near!r}?" for near in difflib.get_close_matches(word, words, n=1, cutoff=likeness)]
     if otherwise is not None:
         return next(iter(nearest), otherwise)
     return " ".join([*nearest, f"known here: {', '.join(words)}"])

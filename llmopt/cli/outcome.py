@@ -1,15 +1,13 @@
 """How a command ends: every exception becomes a message of three parts and an exit code."""
 
 import errno
-import os
 import traceback
 from collections.abc import Sequence
 
 import typer
 
-from llmopt.errors import ExitCode, LlmoptError, ResourceError, UsageError
+from llmopt.errors import ExitCode, LlmoptError, ResourceError, UsageError, debugging
 
-DEBUG_VARIABLE = "LLMOPT_DEBUG"
 # PyTorch reports this as a RuntimeError like any other.
 _TORCH_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -41,7 +39,7 @@ def _code_of_exit(leaving: SystemExit) -> int:
 
 
 def _fail(error: Exception) -> int:
-    if os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}:
+    if debugging():
         traceback.print_exception(error)
     explained = explain(error)
     _print("error", str(explained))

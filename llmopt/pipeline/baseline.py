@@ -11,6 +11,7 @@ from llmopt.measure.host import versions
 from llmopt.model.source import open_source
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
 from llmopt.pipeline.quantize import source_entry
+from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 
@@ -33,10 +34,10 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     """The folder of a model as a float32 ONNX artifact; an artifact's own folder if that is what `model` names.
 
     Raises:
-        LlmoptError: the model is not there, not supported or damaged, or the disk is full.
+        LlmoptError: the model or artifact is not there, not supported or damaged, or the disk is full.
     """
     if is_artifact(model):
-        load_manifest(Path(model))
+        load_manifest(Path(model), verify=True)
         return Path(model)
     source = open_source(model, revision=revision, progress=progress)
     names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]
@@ -47,6 +48,7 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     folder = cache_folder() / "baselines" / f"{printable(source.name)}-{manifest.key[:16]}"
     if _is_whole(folder):
         return folder
+    open_tokenizer(source)  # a mistake in it should name the model's folder, not the one that is being written
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_free_disk(folder.parent, estimated_bytes(source.spec, assignments))
     job = Export(source=source, assignments=assignments, method=None, seed=0, threads=threads)
@@ -64,7 +66,7 @@ def printable(name: str) -> str:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        load_manifest(folder)
+        load_manifest(folder, verify=True)
     except ArtifactError:
         return False
     return True

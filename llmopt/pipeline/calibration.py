@@ -130,6 +130,21 @@ class Sampler:
         return InputSample(tokens_NI=torch.cat(self.rows), largest_I=self.largest_I)
 
 
+def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds]) -> None:
+    """See that there are as many tokens as the widest linear has inputs.
+
+    Raises:
+        UsageError: there are fewer, which would leave its second moment singular.
+    """
+    tokens = sum(map(len, windows))
+    widest = max(spec.linears(), key=lambda linear: linear.in_features)
+    if tokens < widest.in_features:
+        raise UsageError(
+            f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
+            hint="give more text with --calib, or more of it with --calib-tokens",
+        )
+
+
 @dataclass
 class Calibration:
     """Windows of text on their way through the model: `embedding`, then `block` for each block, then `head`.
@@ -144,13 +159,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Fail before anything is read."""
-        tokens = sum(map(len, self.windows))
-        widest = max(self.spec.linears(), key=lambda linear: linear.in_features)
-        if tokens < widest.in_features:
-            raise UsageError(
-                f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
-                hint="give more text with --calib, or more of it with --calib-tokens",
-            )
+        require_tokens(self.spec, self.windows)
         self.tables = RotaryTables(self.spec, max(map(len, self.windows)))
 
     @torch.inference_mode()

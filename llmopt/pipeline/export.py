@@ -13,7 +13,7 @@ from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import CONFIG, GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
-from llmopt.model.storage import stored_bytes
+from llmopt.model.storage import quantized_bytes
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.calibration import Calibration, CalibrationText
 from llmopt.pipeline.parts import PartReader
@@ -26,7 +26,6 @@ from llmopt.quantize.method import Method
 from llmopt.report.results import LayerResult
 
 FORMAT = "onnx"
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +115,5 @@ def rounds_activations(assignments: Mapping[str, Assignment]) -> bool:
 
 
 def estimated_bytes(spec: ModelSpec, assignments: Mapping[str, Assignment]) -> int:
-    """What the weights take on disk under their schemes, before any is read."""
-    matrices = {spec.embedding.name: next(spec.embedding.tensors()).shape}
-    matrices |= {linear.name: linear.weight.shape for linear in spec.linears() if linear.tied_to is None}
-    total = 0
-    for name, (rows, columns) in matrices.items():
-        scheme = assignments[name].scheme
-        total += FLOAT_BYTES * rows * columns if scheme is None else stored_bytes(rows, columns, scheme)
-    return total
+    """What the model takes on disk under its layers' schemes, before any weight is read."""
+    return quantized_bytes(spec, {name: item.scheme for name, item in assignments.items()})

@@ -19,7 +19,7 @@ from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import ModelSource
 from llmopt.model.spec import ModelSpec
-from llmopt.model.storage import quantized_bytes
+from llmopt.model.storage import float_bytes
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.calibration import CalibrationText
 from llmopt.pipeline.heldout import HeldOutLoss, measure_loss
@@ -27,7 +27,7 @@ from llmopt.pipeline.sensitivity import Losses, Sensitivity
 from llmopt.precision.allocate import Option
 from llmopt.precision.budget import Budget, PerplexityBudget, SizeBudget
 from llmopt.precision.explain import explain, plan_json
-from llmopt.precision.groups import CANDIDATES, Group, fused_groups
+from llmopt.precision.groups import Group
 from llmopt.precision.plan import LOG_PERPLEXITY_PER_KL, Correction, Plan, Problem, require_reachable, solve
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment, Override, matches
@@ -205,9 +205,7 @@ def planned(assignments: Mapping[str, Assignment], plan: Plan) -> dict[str, Assi
 
 def overhead_bytes(spec: ModelSpec) -> int:
     """What model files take beside the weights of linears and table: what stays float, and the graph."""
-    some = CANDIDATES[0]
-    weights = sum(group.stored_bytes(some) for group in fused_groups(spec, {}))
-    return quantized_bytes(spec, some) - weights + GRAPH_BYTES + BLOCK_BYTES * len(spec.blocks)
+    return float_bytes(spec) + GRAPH_BYTES + BLOCK_BYTES * len(spec.blocks)
 
 
 def even(text: TokenWindows, count: int) -> TokenWindows:

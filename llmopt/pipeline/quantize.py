@@ -25,7 +25,7 @@ from llmopt.export.onnx.attention import require_heads
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
-from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
+from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText, require_tokens
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
 from llmopt.pipeline.heldout import HeldOutLoss
 from llmopt.pipeline.mixed import (
@@ -39,6 +39,7 @@ from llmopt.pipeline.mixed import (
     planned,
     require_float_activations,
 )
+from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.budget import Budget, SizeBudget
 from llmopt.precision.groups import fused_groups
@@ -48,6 +49,7 @@ from llmopt.quantize.assign import Assignment, Override, assign
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
 from llmopt.quantize.registry import find_folds, find_method, looks_at_inputs
+from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme
 from llmopt.report.results import Candidate, LayerResult, Measurement, Report
 
@@ -90,6 +92,7 @@ class Prepared:
     calibration: CalibrationText | None
     mix: Mix | None = None  # for a request with a budget
     plan: Plan | None = None  # once it was made; the assignments are then its own
+    notes: tuple[str, ...] = ()  # about the model
 
     @property
     def estimated_bytes(self) -> int:
@@ -97,6 +100,20 @@ class Prepared:
         if self.plan is None and isinstance(self.request.budget, SizeBudget):
             return self.request.budget.model_bytes
         return estimated_bytes(self.source.spec, self.assignments)
+
+    def method_of(self, layer: str) -> str:
+        """What finds a layer's numbers: nothing enters a table, so none that looks at inputs."""
+        spec = self.source.spec
+        is_table = layer == spec.embedding.name or (spec.tied and layer == spec.head.name)
+        return Rtn.name if is_table and self.method.needs_inputs else self.request.method
+
+    def require_room(self) -> None:
+        """See that what will be written fits on the disk.
+
+        Raises:
+            ResourceError: it does not.
+        """
+        check_free_disk(self.request.output.parent, self.estimated_bytes)
 
     def manifest(self) -> Manifest:
         """The manifest without its files; its key says whether an artifact is the one that this would write."""
@@ -130,8 +147,10 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     """Find the model and decide what each layer gets, without reading a weight.
 
     Raises:
-        LlmoptError: the model is not there or not supported, or a pattern is wrong.
+        LlmoptError: the model is not there, not supported, or lacks a tensor or its tokenizer; a pattern is wrong; or
+            there is too little text to calibrate on.
     """
+    refuse_artifact(request.model)
     method, folds = find_method(request.method), find_folds(request.method)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
@@ -139,6 +158,10 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     require_heads(source.spec)
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore)
     calibration = calibration_text(request, method)
+    tokenizer = open_tokenizer(source)
+    if calibration is not None and looks_at_inputs(request.method):
+        require_tokens(source.spec, calibration.windows(source.spec, tokenizer))
+    note = unknown_tensors_note(source)
     mix = None
     if request.budget is not None:
         assert calibration is not None
@@ -163,6 +186,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
         assignments=assignments,
         calibration=calibration,
         mix=mix,
+        notes=() if note is None else (note,),
     )
 
 
@@ -239,7 +263,7 @@ def write(prepared: Prepared, progress: Progress) -> QuantizeResult:
         calibration=prepared.calibration if looks_at_inputs(request.method) else None,
         folds=prepared.folds,
     )
-    check_free_disk(request.output.parent, prepared.estimated_bytes)
+    prepared.require_room()
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
         loss = None
@@ -281,7 +305,7 @@ def describe(
         layers=layers,
     )
     settings: dict[str, Any] = {"verification": dataclasses.asdict(verification)}
-    notes = []
+    notes = list(prepared.notes)
     if prepared.calibration is not None:
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:
