@@ -147,10 +147,17 @@ class TestQuantize:
         assert (full.code, "the disk has no room" in full.err) == (3, True)
 
     def test_a_dry_run_names_the_method_that_each_layer_will_get(self, llmopt, tmp_path):
-        ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--dry-run", "--method", "gptq", "--json")
-        methods = {layer["name"]: layer["method"] for layer in json.loads(ended.out)["layers"]}
-        assert methods.pop("model.embed_tokens") == methods.pop("lm_head") == "rtn"
-        assert set(methods.values()) == {"gptq"}
+        def methods(*words):
+            ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--scheme", "w4a16", *words, "--json")
+            content = json.loads(ended.out)
+            layers = content.get("layers") or content["candidates"][0]["layers"]
+            return {layer["name"]: layer["method"] for layer in layers}
+
+        planned = methods("--dry-run", "--method", "gptq")
+        assert planned.pop("model.embed_tokens") == planned.pop("lm_head") == "rtn"
+        assert set(planned.values()) == {"gptq"}
+        small = ("--override", "lm_head=w4a16", "--method", "search", "--threads", "1")
+        assert methods("--dry-run", *small) == methods(*small)
 
     def test_an_artifact_is_no_model(self, llmopt, int4, tmp_path):
         ended = llmopt("quantize", int4, "-o", tmp_path / "out")

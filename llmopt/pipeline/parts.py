@@ -34,6 +34,11 @@ class Part:
     layers: list[LayerResult]
 
 
+def fits_table(spec: ModelSpec, scheme: Scheme | None, method: Method) -> bool:
+    """Whether a table is fitted to what enters the head that it serves as too; at 8 bits there is nothing to gain."""
+    return spec.tied and method.needs_inputs and scheme is not None and scheme.bits < EXACT_BITS
+
+
 class PartReader:
     """Reads a checkpoint part by part and quantizes what is assigned a scheme. `method` None quantizes nothing.
 
@@ -97,10 +102,9 @@ class PartReader:
         return part
 
     def _inputs_of_tied_head(self) -> InputStatistics | None:
-        """What a table that serves as the head is fitted to; at 8 bits there is nothing to gain."""
+        """What a table that serves as the head is fitted to."""
         scheme = self.assignments[self.spec.embedding.name].scheme
-        wanted = self.spec.tied and self.method is not None and self.method.needs_inputs
-        if self.calibration is None or not wanted or scheme is None or scheme.bits >= EXACT_BITS:
+        if self.calibration is None or self.method is None or not fits_table(self.spec, scheme, self.method):
             return None
         return self.calibration.head_in_float(
             lambda tensors: {tensor.name: self.checkpoint.read(tensor) for tensor in tensors}

@@ -39,6 +39,7 @@ from llmopt.pipeline.mixed import (
     planned,
     require_float_activations,
 )
+from llmopt.pipeline.parts import fits_table
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.budget import Budget, SizeBudget
@@ -102,10 +103,12 @@ class Prepared:
         return estimated_bytes(self.source.spec, self.assignments)
 
     def method_of(self, layer: str) -> str:
-        """What finds a layer's numbers: nothing enters a table, so none that looks at inputs."""
+        """What finds a layer's numbers; a table is never folded, and fitted only where it is the head too."""
         spec = self.source.spec
-        is_table = layer == spec.embedding.name or (spec.tied and layer == spec.head.name)
-        return Rtn.name if is_table and self.method.needs_inputs else self.request.method
+        if layer != spec.embedding.name and not (spec.tied and layer == spec.head.name):
+            return self.request.method
+        rounded = self.method.needs_inputs and not fits_table(spec, self.assignments[layer].scheme, self.method)
+        return Rtn.name if rounded else self.method.name
 
     def require_room(self) -> None:
         """See that what will be written fits on the disk.
