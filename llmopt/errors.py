@@ -9,7 +9,8 @@
     ├── FallbackError      3  a layer cannot have the scheme that was asked for
     ├── BudgetError        3  nothing within the budget could be made
     ├── VerificationError  3  an export does not compute what the quantized model computes
-    └── ResourceError      3  disk or memory does not suffice
+    ├── ResourceError      3  disk or memory does not suffice
+    └── Interrupted      130  somebody stopped it, and there is something to say about that
 
 Each error says what happened, where, and what to do about it. Gates are results, not errors: see `llmopt.report.gates`.
 """
@@ -93,6 +94,12 @@ class VerificationError(LlmoptError):
 
 class ResourceError(LlmoptError):
     """The disk or the memory does not suffice."""
+
+
+class Interrupted(LlmoptError):  # noqa: N818 (not an error: it was asked for)
+    """Somebody stopped the program, and it can go on later."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.INTERRUPTED
 
 
 def near_match(word: str, known: Iterable[str], otherwise: str | None = None, *, likeness: float = 0.6) -> str:

@@ -15,12 +15,16 @@ from llmopt.cli.options import (
     Model,
     Output,
     Quiet,
+    Restart,
+    ResumeFlag,
     Revision,
     Seed,
     Threads,
     TrustRemoteCode,
+    resume_choice,
     thread_count,
 )
+from llmopt.cli.outcome import resumable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -110,6 +114,8 @@ def quantize(
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
     threads: Threads = None,
+    resume: ResumeFlag = False,
+    restart: Restart = False,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -119,6 +125,9 @@ def quantize(
 
     Every linear and embedding gets the scheme or is named with the reason why not. The graph that is written is then
     opened and held against the quantized model in torch; if they differ, nothing is left behind.
+
+    A method that looks at inputs keeps its finished parts in a journal beside the output until that is whole: after a
+    Ctrl-C, a crash or a full disk the same command goes on where it stopped, to the same bytes.
 
     Example: llmopt quantize demo -o demo-int4 --scheme w4a16 --override lm_head=w8a16
     """
@@ -132,6 +141,7 @@ def quantize(
     parsed = parse_scheme(scheme)
     overrides = tuple(map(parse_override, override or ()))
     check_method(method)
+    resuming = resume_choice(resume, restart)
     asked = None if budget is None else parse_budget(budget)
     shown = Shown(explain=explain, plot=plot)
     shown.check(has_budget=asked is not None)
@@ -153,6 +163,7 @@ def quantize(
         seed=seed or 0,
         threads=thread_count(threads),
         force=force,
+        resume=resuming,
     )
     console = Console(json=json, quiet=quiet)
     if dry_run:
@@ -218,7 +229,8 @@ def show_result(request: "QuantizeRequest", console: Console, shown: Shown) -> N
     """Do it, and say what came of it."""
     from llmopt.pipeline.quantize import quantize as do_quantize
 
-    result = do_quantize(request, console.progress)
+    with resumable([request.output]):
+        result = do_quantize(request, console.progress)
     value = {"path": str(result.path)} | result.report.to_json()
     if result.plan is not None:
         shown.draw(result.plan)

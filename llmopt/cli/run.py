@@ -8,6 +8,7 @@ import typer
 from llmopt.cli.bench import show_report
 from llmopt.cli.console import Console
 from llmopt.cli.options import DryRun, Force, Json, Quiet, Seed, Settings, Threads, thread_count
+from llmopt.cli.outcome import resumable
 from llmopt.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def run(
         lines = [planned_line(step, force=force) for step in steps]
         console.result({"schema": "llmopt.run-plan/1", "artifacts": value}, "\n".join([*lines, "nothing was done"]))
         return ExitCode.DONE
-    result = do_run(recipe, options, console.progress)
+    with resumable(Path(recipe.output) / step.quantize.name for step in recipe.steps):
+        result = do_run(recipe, options, console.progress)
     show_run(result, console)
     return result.exit_code
 

@@ -207,10 +207,11 @@ class Calibration:
         return {name: sampler.sample() for name, sampler in samplers.items()}
 
     @torch.inference_mode()
-    def block(self, block: Block, weights: Weights, quantize: QuantizeGroup) -> None:
+    def block(self, block: Block, weights: Weights, quantize: QuantizeGroup | None) -> None:
         """Have the linears of a block quantized, group by group, and go through it.
 
-        `weights` holds its norms, and what `quantize` puts there.
+        `weights` holds its norms, and what `quantize` puts there; all that the block has, if `quantize` is None, and
+        then the hidden states are the same to the last bit as behind the run that made them.
         """
         run = _BlockRun(weights)
         norms = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
@@ -223,7 +224,8 @@ class Calibration:
             self.hidden[index] = self.hidden[index] + (branch if post_norm is None else enter(post_norm, branch))
 
         def fit(linears: Sequence[Linear], inputs: Iterable[Tensor]) -> None:
-            quantize(linears, _moment(linears[0], inputs).statistics(linears[0].name))
+            if quantize is not None:
+                quantize(linears, _moment(linears[0], inputs).statistics(linears[0].name))
 
         fit(attention.inputs, (enter(block.attention_norm, hidden) for hidden in self.hidden))
         heads = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmopt import __version__
-from llmopt.artifact import write_json
+from llmopt.artifact import Journal, write_json
 from llmopt.export.genai import GENAI_CONFIG, genai_config
 from llmopt.export.onnx.decoder import DecoderGraph
 from llmopt.export.onnx.graph import GRAPH_FILE
@@ -16,6 +16,7 @@ from llmopt.model.spec import ModelSpec
 from llmopt.model.storage import quantized_bytes
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.calibration import Calibration, CalibrationText
+from llmopt.pipeline.journal import PartJournal
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.verify import References, Verification, verify
 from llmopt.pipeline.windows import verification_windows
@@ -39,6 +40,7 @@ class Export:
     threads: int
     calibration: CalibrationText | None = None  # for a method that needs inputs
     folds: tuple[Fold, ...] = ()
+    journal: Journal | None = None  # of a calibrated method: where finished parts are kept
 
     @property
     def spec(self) -> ModelSpec:
@@ -72,12 +74,16 @@ def write_graph(
     """Stream the model part by part: read, quantize, write, run the references, forget."""
     spec = job.spec
     layers: list[LayerResult] = []
+    journal = None
+    if job.journal is not None and calibration is not None:
+        journal = PartJournal(job.journal, job.assignments, calibration.windows, progress)
+        journal.announce(spec)
     with (
         closing(DecoderGraph(folder, spec)) as graph,
         open_checkpoint(job.source) as checkpoint,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds)
+        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds, journal=journal)
         embedding = parts.embedding()
         graph.embedding(embedding.weights)
         references.embedding(embedding.weights)

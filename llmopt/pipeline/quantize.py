@@ -10,10 +10,14 @@ from llmopt import __version__
 from llmopt.artifact import (
     MODEL_CARD,
     REPORT,
+    Journal,
     Manifest,
+    Resume,
     Source,
     check_destination,
     check_free_disk,
+    discard_journal,
+    journal,
     staged,
     write_json,
     write_manifest,
@@ -28,6 +32,7 @@ from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText, require_tokens
 from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
 from llmopt.pipeline.heldout import HeldOutLoss
+from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.mixed import (
     ROUNDS,
     ExceededError,
@@ -79,6 +84,7 @@ class QuantizeRequest:
     seed: int = 0
     threads: int = 1
     force: bool = False
+    resume: Resume = Resume.IF_SAME  # the journal of a calibrated method that was stopped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +161,8 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     """
     refuse_artifact(request.model)
     method, folds = find_method(request.method), find_folds(request.method)
+    if request.resume is Resume.REQUIRED and not looks_at_inputs(request.method):
+        raise UsageError(f"method {method.name} takes seconds, and keeps no journal", hint="leave --resume out")
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
@@ -223,18 +231,33 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
 
 
 def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
-    """Do what was prepared; under a budget, again with what was learnt, where an artifact was not within it."""
+    """Do what was prepared, from where an earlier run of the same was stopped.
+
+    Raises:
+        LlmoptError: see `quantize`.
+    """
+    request = prepared.request
+    if not looks_at_inputs(request.method):
+        discard_journal(request.output, progress)
+        return write_within_budget(prepared, None, progress)
+    key = journal_key(prepared.manifest(), request.threads)
+    with journal(request.output, key, request.resume, progress) as kept:
+        return write_within_budget(prepared, kept, progress)
+
+
+def write_within_budget(prepared: Prepared, kept: Journal | None, progress: Progress) -> QuantizeResult:
+    """Write an artifact; under a budget, again with what was learnt, where one was not within it."""
     if prepared.mix is None:
-        return write(prepared, progress)
+        return write(prepared, kept, progress)
     prepared = with_plan(prepared, progress)
     for _ in range(ROUNDS - 1):
         try:
-            return write(prepared, progress)
+            return write(prepared, kept, progress)
         except ExceededError as exceeded:
             assert prepared.plan is not None
             progress.say(f"{exceeded.what}: once more, with what was learnt")
             prepared = _planned(prepared, solve(prepared.plan.problem, prepared.plan.budget, exceeded.correction))
-    return write(prepared, progress)
+    return write(prepared, kept, progress)
 
 
 def with_plan(prepared: Prepared, progress: Progress) -> Prepared:
@@ -250,8 +273,8 @@ def _planned(prepared: Prepared, plan: Plan) -> Prepared:
     return dataclasses.replace(prepared, plan=plan, assignments=planned(prepared.assignments, plan))
 
 
-def write(prepared: Prepared, progress: Progress) -> QuantizeResult:
-    """Write an artifact with the schemes that are assigned.
+def write(prepared: Prepared, kept: Journal | None, progress: Progress) -> QuantizeResult:
+    """Write an artifact with the schemes that are assigned; finished parts are kept in a journal.
 
     Raises:
         LlmoptError: see `quantize`.
@@ -265,6 +288,7 @@ def write(prepared: Prepared, progress: Progress) -> QuantizeResult:
         threads=request.threads,
         calibration=prepared.calibration if looks_at_inputs(request.method) else None,
         folds=prepared.folds,
+        journal=kept,
     )
     prepared.require_room()
     with staged(request.output, force=request.force) as folder:
