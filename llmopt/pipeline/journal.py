@@ -23,6 +23,7 @@ from llmopt.report.results import LayerResult
 EMBEDDING, HEAD = "embedding", "head"
 # Of a quantized weight, behind its name; no tensor of a checkpoint has a colon in its name.
 _CODES, _SCALES, _ZERO_POINTS = ":codes", ":scales", ":zero-points"
+_TOLD = "part"  # in the metadata: one entry, for safetensors writes several in no certain order
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ def part_to_bytes(part: Part) -> bytes:
         if weight.zero_points_OG is not None:
             tensors[name + _ZERO_POINTS] = weight.zero_points_OG.contiguous()
     layers = [layer.to_json() for layer in part.layers]
-    texts = {"order": list(part.weights), "schemes": schemes, "layers": layers}
-    return safetensors.torch.save(tensors, {key: json.dumps(value) for key, value in texts.items()})
+    told = {"order": list(part.weights), "schemes": schemes, "layers": layers}
+    return safetensors.torch.save(tensors, {_TOLD: json.dumps(told)})
 
 
 def part_from_bytes(data: bytes) -> Part:
@@ -103,20 +104,19 @@ def part_from_bytes(data: bytes) -> Part:
     # Cloned into torch's own memory: products may round differently where a matrix begins elsewhere in a cache line.
     tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
     header_bytes = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
-    order, schemes, layers = (json.loads(metadata[key]) for key in ("order", "schemes", "layers"))
+    told = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"][_TOLD])
     weights: Weights = {}
-    for name in order:
-        if name not in schemes:
+    for name in told["order"]:
+        if name not in told["schemes"]:
             weights[name] = tensors[name]
             continue
         weights[name] = QuantizedWeight(
-            scheme=parse_scheme(schemes[name]),
+            scheme=parse_scheme(told["schemes"][name]),
             codes_OI=tensors[name + _CODES],
             scales_OG=tensors[name + _SCALES],
             zero_points_OG=tensors.get(name + _ZERO_POINTS),
         )
-    return Part(weights, [LayerResult(**layer) for layer in layers])
+    return Part(weights, [LayerResult(**layer) for layer in told["layers"]])
 
 
 def _digest(assignments: Mapping[str, Assignment], windows: Sequence[TokenIds]) -> str:
