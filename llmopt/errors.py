@@ -9,15 +9,25 @@
     ├── FallbackError      3  a layer cannot have the scheme that was asked for
     ├── BudgetError        3  nothing within the budget could be made
     ├── VerificationError  3  an export does not compute what the quantized model computes
-    └── ResourceError      3  disk or memory does not suffice
+    ├── ResourceError      3  disk or memory does not suffice
+    └── Interrupted      130  somebody stopped it, and there is something to say about that
 
 Each error says what happened, where, and what to do about it. Gates are results, not errors: see `llmopt.report.gates`.
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
+
+# Set by --debug. In the environment, because worker processes should do the same.
+DEBUG_VARIABLE = "LLMOPT_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether people want to see tracebacks."""
+    return os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}
 
 
 class ExitCode(IntEnum):
@@ -86,13 +96,20 @@ class ResourceError(LlmoptError):
     """The disk or the memory does not suffice."""
 
 
-def near_match(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+class Interrupted(LlmoptError):  # noqa: N818 (not an error: it was asked for)
+    """Somebody stopped the program, and it can go on later."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.INTERRUPTED
+
+
+def near_match(word: str, known: Iterable[str], otherwise: str | None = None, *, likeness: float = 0.6) -> str:
     """What to try instead of a word that is not known: the nearest one that is, and which there are.
 
-    With `otherwise`, for lists too long to show, the nearest one or that.
+    With `otherwise`, for lists too long to show, the nearest one or that. `likeness` is how near it must be, up to 1:
+    names that others gave to other things are alike by chance more often than words that people mistype.
     """
     words = list(known)
-    nearest = [f"did you mean {near!r}?" for near in difflib.get_close_matches(word, words, n=1)]
+    nearest = [f"did you mean {near!r}?" for near in difflib.get_close_matches(word, words, n=1, cutoff=likeness)]
     if otherwise is not None:
         return next(iter(nearest), otherwise)
     return " ".join([*nearest, f"known here: {', '.join(words)}"])

@@ -1,7 +1,7 @@
 """Imports go one way, and nothing heavy is imported where `--help` or a recipe would wait for it.
 
 cli → pipeline → {quantize, precision, train, partition, export, measure, report}
-    → {model, calibrate, engine, artifact, recipe, demo} → {errors, progress}
+    → {model, calibrate, engine, artifact, recipe, demo} → {errors, progress, words}
 """
 
 import ast
@@ -17,7 +17,7 @@ LAYERS = (
     {"pipeline"},
     {"quantize", "precision", "train", "partition", "export", "measure", "report"},
     {"model", "calibrate", "engine", "artifact", "recipe", "demo"},
-    {"errors", "progress", "scheme", "version"},
+    {"errors", "progress", "scheme", "version", "words"},
 )
 # Two modules are lower than the room that they are in: what a scheme is, every room says in the same words, and the
 # package itself holds nothing but the version.
@@ -29,6 +29,7 @@ LIGHT = (
     "__main__.py",
     "errors.py",
     "progress.py",
+    "words.py",
     "cli/**/*.py",
     "recipe/*.py",
     "artifact/*.py",

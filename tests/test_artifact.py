@@ -132,6 +132,22 @@ def test_a_missing_parent_is_refused_before_any_work(tmp_path):
         pytest.fail("the block ran")
 
 
+def test_the_hint_for_a_missing_parent_can_be_pasted_into_a_shell(tmp_path):
+    with pytest.raises(ArtifactError) as caught:
+        artifact.check_destination(tmp_path / "my folder" / "out", force=False)
+    assert caught.value.hint == f"mkdir -p '{tmp_path / 'my folder'}'"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_inside_another_artifact_is_refused(out, force):
+    write_artifact(out)
+    (out / "below").mkdir()
+    for inside in (out / "sub", out / "below" / "sub"):
+        with pytest.raises(ArtifactError, match="lies inside another artifact") as caught:
+            artifact.check_destination(inside, force=force)
+        assert caught.value.where == str(out)
+
+
 def test_a_parent_that_cannot_be_written_is_refused(out, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ArtifactError, match="not writable"):

@@ -296,7 +296,7 @@ def test_later_settings_win(load):
         ("steps.0.quantize.schme=w8a8", "unknown key 'schme'", "did you mean 'scheme'?"),
         ("steps.0.quantize.scheme=w9", "'w9' is not a scheme", "w8a16, w4a16 or w8a8"),
         ("seed=x", "'seed' should be a whole number, not 'x'", None),
-        ("steps.2.quantize.scheme=w8a8", "'steps' has 2 entries, from 0 on, and none is '2'", None),
+        ("steps.2.quantize.scheme=w8a8", "'steps' has 2 entries, counted from 0, and none is '2'", None),
         ("steps.-1.quantize.scheme=w8a8", "and none is '-1'", None),
         ("seed.x=1", "'seed' is 3, which has no entry 'x'", None),
         ("seed", "a setting is KEY=VALUE", "--set steps"),

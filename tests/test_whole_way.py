@@ -129,6 +129,42 @@ class TestQuantize:
         assert told in ended.err
         assert only_entry(tmp_path, "text.txt")
 
+    @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+    def test_tensors_that_the_model_does_not_use_are_named(self, llmopt, damaged, tmp_path, dry):
+        extra = {f"vision.{number}.weight": torch.ones(2) for number in range(5)}
+        rewrite(damaged, lambda weights: weights.update(extra))
+        ended = llmopt("quantize", damaged, "-o", tmp_path / "out", "--threads", "1", "--json", *dry)
+        (note,) = json.loads(ended.out)["notes"]
+        assert "5 tensors that the model does not use: vision.0.weight, vision.1.weight," in note
+        assert note.endswith("and 2 more")
+
+    def test_a_dry_run_foresees_what_would_stop_the_real_one(self, llmopt, tmp_path, monkeypatch):
+        options = ("quantize", "demo", "-o", tmp_path / "out", "--dry-run")
+        few = llmopt(*options, "--method", "gptq", "--calib-tokens", "100")
+        assert (few.code, "640 inputs" in few.err) == (2, True)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        full = llmopt(*options)
+        assert (full.code, "the disk has no room" in full.err) == (3, True)
+
+    def test_a_dry_run_names_the_method_that_each_layer_will_get(self, llmopt, tmp_path):
+        def methods(*words):
+            ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--scheme", "w4a16", *words, "--json")
+            content = json.loads(ended.out)
+            layers = content.get("layers") or content["candidates"][0]["layers"]
+            return {layer["name"]: layer["method"] for layer in layers}
+
+        planned = methods("--dry-run", "--method", "gptq")
+        assert planned.pop("model.embed_tokens") == planned.pop("lm_head") == "rtn"
+        assert set(planned.values()) == {"gptq"}
+        small = ("--override", "lm_head=w4a16", "--method", "search", "--threads", "1")
+        assert methods("--dry-run", *small) == methods(*small)
+
+    def test_an_artifact_is_no_model(self, llmopt, int4, tmp_path):
+        ended = llmopt("quantize", int4, "-o", tmp_path / "out")
+        assert ended.code == 2
+        assert "this is an artifact of llmopt" in ended.err
+        assert "give its source, demo" in ended.err
+
     def test_a_dry_run_writes_nothing(self, llmopt, tmp_path):
         ended = llmopt("quantize", "demo", "-o", tmp_path / "out", "--dry-run", "--json")
         assert ended.code == 0
@@ -155,6 +191,7 @@ class TestQuantize:
             (["--override", "lm_head=w8a16", "--override", "embed_tokens=w4a16"], "tied"),
             (["--format", "gguf"], "onnx"),
             (["--shceme", "w8a16"], "--scheme"),
+            (["-o", ""], "name one: -o OUT"),
         ],
     )
     def test_a_mistake_on_the_command_line_is_told_before_anything_is_written(self, llmopt, tmp_path, words, told):
@@ -217,9 +254,13 @@ class TestDamagedModels:
         self.assert_refused(llmopt, damaged, "save_pretrained")
 
     def test_no_tokenizer(self, llmopt, damaged):
-        for path in damaged.glob("*token*"):
-            path.unlink()
-        self.assert_refused(llmopt, damaged, "tokenizer")
+        for kept in ("tokenizer_config.json", None):
+            for path in damaged.glob("*token*"):
+                if path.name != kept:
+                    path.unlink()
+            self.assert_refused(llmopt, damaged, f"the model has no tokenizer\n  in: {damaged}\n")
+            ended = llmopt("bench", damaged, "--baseline", damaged, *ACCURACY)
+            assert f"the model has no tokenizer\n  in: {damaged}\n" in ended.err
 
     def test_an_unknown_family(self, llmopt, damaged):
         config = json.loads((damaged / "config.json").read_text())
@@ -294,24 +335,61 @@ class TestBench:
         [
             ("perplexity <= +50%", (0, "pass")),
             ("size_bytes <= 1MB", (1, "fail")),
-            ("tpot_ms <= 20", (4, "inconclusive")),  # not measured
+            ("perplexity <= 1", (1, "fail")),
         ],
     )
-    def test_a_promise_becomes_an_exit_code(self, llmopt, int4, tmp_path, promise, ends):
-        folder = shutil.copytree(int4, tmp_path / "int4")
-        ended = llmopt("bench", folder, "--assert", promise, "--json", *ACCURACY)
+    def test_a_promise_becomes_an_exit_code(self, llmopt, int4, promise, ends):
+        ended = llmopt("bench", int4, "--assert", promise, "--json", "--no-save", *ACCURACY)
         (gate,) = json.loads(ended.out)["gates"]
         assert (ended.code, gate["verdict"]) == ends
 
+    def test_a_text_of_one_window_decides_nothing(self, llmopt, int4, tmp_path):
+        (tmp_path / "short.txt").write_text("In the morning the farmer went to the market. " * 10)
+        options = ("--text", tmp_path / "short.txt", "--json", "--no-save", *ACCURACY)
+        ended = llmopt("bench", int4, "--assert", "perplexity <= +50%", *options)
+        assert ended.code == 4
+        report = json.loads(ended.out)
+        assert [gate["verdict"] for gate in report["gates"]] == ["inconclusive"]
+
+    def test_a_damaged_artifact_is_neither_measured_nor_used(self, llmopt, int4, tmp_path):
+        folder = shutil.copytree(int4, tmp_path / "int4")
+        with (folder / "model.onnx.data").open("r+b") as file:
+            file.seek(1_000_000)
+            byte = file.read(1)
+            file.seek(1_000_000)
+            file.write(bytes([byte[0] ^ 1]))
+        for words in (("bench", folder, *ACCURACY), ("generate", folder, "In the morning")):
+            ended = llmopt(*words)
+            assert ended.code == 3, words
+            assert "its hash differs" in ended.err
+            assert "model.onnx.data" in ended.err
+
+    def test_nothing_is_saved_where_that_was_asked_for_and_a_lost_measurement_is_named(self, llmopt, int4, tmp_path):
+        folder = shutil.copytree(int4, tmp_path / "int4")
+        unmeasured = bytes_of(folder)
+        assert llmopt("bench", folder, "--no-save", *ACCURACY).code == 0
+        assert bytes_of(folder) == unmeasured
+        assert "which is replaced" not in llmopt("bench", folder, *ACCURACY).err
+        ended = llmopt("bench", folder, *ACCURACY[2:], "--tokens", "600")
+        assert "its report held a larger measurement (2,044 tokens, now 598), which is replaced" in ended.err
+
     def test_mistakes_are_told(self, llmopt, int4, tmp_path):
         (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "bytes.txt").write_bytes(b"\x00\xff")
         for words, told in (
             ([int4, "--assert", "perplexty <= 1"], "perplexity"),
             ([int4, "--text", tmp_path / "none.txt"], "none.txt"),
             ([int4, "--text", tmp_path / "empty.txt"], "empty.txt"),
             ([int4, int4], "int4"),
+            ([int4, "--text", tmp_path / "bytes.txt"], "holds zero bytes"),
+            ([int4, "--markdown", tmp_path / "no folder" / "t.md"], f"mkdir -p '{tmp_path / 'no folder'}'"),
+            ([tmp_path / "nowhere"], "there is no such folder"),
+            ([int4, "--assert", "tpot_ms <= 0.8x"], "leave --no-latency out"),
+            ([int4, "--no-accuracy", "--assert", "perplexity <= +1%"], "leave --no-accuracy out"),
+            ([int4, "--window", "5000"], "the model reads 1024"),
+            ([int4, "--latency", "--prompt", "2000", "--no-accuracy"], "the model reads 1024"),
         ):
-            ended = llmopt("bench", *words, *ACCURACY)
+            ended = llmopt("bench", *ACCURACY, *words)
             assert ended.code == 2, words
             assert told in ended.err
 
@@ -359,7 +437,10 @@ class TestRun:
         other = ("--set", "steps.0.quantize.scheme=w4a16")
         refused = llmopt("run", recipe, *other)
         assert refused.code == 3
+        assert "scheme w8a16-g64-sym and not w4a16-g32-asym\n" in refused.err
         assert "--force" in refused.err
+        assert llmopt("run", recipe, *other, "--dry-run").code == 3
+        assert "int8 is there already" in llmopt("run", recipe, "--dry-run").out
         assert llmopt("run", recipe, *other, "--force").code == 0
         assert load_manifest(graph.parent).scheme == "w4a16-g32-asym"
 
@@ -418,6 +499,24 @@ def prompt_of(folder, prompt, system):
     return tokenizer.decode(prompt_ids(GenerateRequest(model=str(folder), prompt=prompt, system=system), tokenizer))
 
 
+def first_token(folder, prompt):
+    """What the model says first, as a token."""
+    import numpy as np
+
+    from llmopt.engine.ort import OrtEngine
+    from llmopt.model.tokenizer import Tokenizer
+    from llmopt.pipeline.generate import GenerateRequest, prompt_ids
+
+    ids = prompt_ids(GenerateRequest(model=str(folder), prompt=prompt), Tokenizer.from_folder(folder))
+    return int(OrtEngine(folder, threads=1).stream(len(ids)).feed(np.array(ids)).argmax())
+
+
+def forget_hashes(folder):
+    """Have a manifest name no files, so that they may be changed."""
+    manifest = json.loads((folder / "llmopt.json").read_text())
+    (folder / "llmopt.json").write_text(json.dumps(manifest | {"files": {}}))
+
+
 class TestGenerate:
     def test_an_artifact_and_its_model_tell_stories(self, llmopt, int4):
         for model in (int4, "demo"):
@@ -433,7 +532,7 @@ class TestGenerate:
         assert said[0] == said[1] != said[2]
 
     def test_a_prompt_may_come_from_stdin(self, llmopt, int4, monkeypatch):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Once"))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once\n"))  # as `echo` ends it
         piped = llmopt("generate", int4, "-", "--max-tokens", "10", "--json")
         typed = llmopt("generate", int4, "Once", "--max-tokens", "10", "--json")
         assert (piped.code, typed.code) == (0, 0)
@@ -458,6 +557,23 @@ class TestGenerate:
         refused = llmopt("generate", int4, "Once", "--system", "Be brief")
         assert refused.code == 2
         assert "--system" in refused.err
+
+    def test_a_prompt_that_is_no_text_is_refused(self, llmopt, int4, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe bad"), encoding="utf-8"))
+        for prompt in (os.fsdecode(b"\xff\xfe bad"), "-"):
+            ended = llmopt("generate", int4, prompt)
+            assert ended.code == 2
+            assert "the prompt is not UTF-8 text" in ended.err
+
+    def test_a_model_that_ends_early_or_runs_out_of_room_is_remarked_on(self, llmopt, int4, tmp_path):
+        ended = llmopt("generate", int4, "Once upon a time", "--max-tokens", "2000", "--temperature", "0")
+        assert "the model reads 1024 tokens: behind this prompt there is room for 10" in ended.err
+        folder = shutil.copytree(int4, tmp_path / "silent")
+        config = json.loads((folder / "generation_config.json").read_text())
+        first = first_token(folder, "Once")
+        (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": first}))
+        forget_hashes(folder)
+        assert "the model ended at once" in llmopt("generate", folder, "Once").err
 
     def test_an_empty_prompt_and_one_that_is_too_long_are_refused(self, llmopt, int4):
         assert llmopt("generate", int4, "").code == 2

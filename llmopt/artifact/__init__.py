@@ -1,6 +1,7 @@
 """The artifact folder: it appears whole or not at all, and its manifest says what made it and what it holds."""
 
 from llmopt.artifact.files import check_free_disk, to_json_text, write_json
+from llmopt.artifact.journal import Journal, Resume, discard_journal, journal, journal_folder
 from llmopt.artifact.manifest import (
     MANIFEST,
     MODEL_CARD,
@@ -21,10 +22,15 @@ __all__ = [
     "REPORT",
     "SCHEMA",
     "FileEntry",
+    "Journal",
     "Manifest",
+    "Resume",
     "Source",
     "check_destination",
     "check_free_disk",
+    "discard_journal",
+    "journal",
+    "journal_folder",
     "load_manifest",
     "read_manifest",
     "staged",

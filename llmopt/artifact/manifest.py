@@ -25,6 +25,7 @@ SCHEMA = "llmopt.artifact/1"
 # Measuring an artifact writes its report, and the model card shows the report's numbers: neither is part of what the
 # artifact computes.
 _NOT_HASHED = frozenset({MANIFEST, REPORT, MODEL_CARD})
+_AGAIN = "copy the artifact again, or make it again: --force replaces it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,16 @@ class Manifest:
         causes = {name: value for name, value in dataclasses.asdict(self).items() if name != "files"}
         canonical = json.dumps(causes, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def differs(self, other: "Manifest") -> str:
+        """What makes another artifact of it, in words: `scheme w8a8 and not w4a16`."""
+        pairs = [(each.name, getattr(self, each.name), getattr(other, each.name)) for each in dataclasses.fields(self)]
+        differing = [(name, mine, theirs) for name, mine, theirs in pairs if name != "files" and mine != theirs]
+        simple = (str, int, type(None))
+        return ", ".join(
+            f"{name} {mine} and not {theirs}" if isinstance(mine, simple) and isinstance(theirs, simple) else name
+            for name, mine, theirs in differing
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The object that `llmopt.json` holds."""
@@ -163,14 +174,17 @@ def _check_stays_inside(name: str, *, where: str) -> None:
 
 def _check_file(path: Path, entry: FileEntry, *, verify: bool) -> None:
     if not path.is_file():
-        raise ArtifactError("a file of the artifact is missing", where=str(path))
+        raise ArtifactError("a file of the artifact is missing", where=str(path), hint=_AGAIN)
     size_bytes = path.stat().st_size
     if size_bytes != entry.bytes:
         raise ArtifactError(
-            f"a file of the artifact has {size_bytes:,} bytes and should have {entry.bytes:,}", where=str(path)
+            f"a file of the artifact has {size_bytes:,} bytes and should have {entry.bytes:,}",
+            where=str(path),
+            hint=_AGAIN,
         )
     if verify and _sha256(path) != entry.sha256:
-        raise ArtifactError("a file of the artifact is not what was written: its hash differs", where=str(path))
+        what = "a file of the artifact is not what was written: its hash differs"
+        raise ArtifactError(what, where=str(path), hint=_AGAIN)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -9,6 +9,7 @@ folder back, or removes what is of no use.
 import errno
 import os
 import re
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -54,12 +55,15 @@ def check_destination(output: Path, *, force: bool) -> Path:
     """Make sure that an artifact may be written to `output`, and give its real, absolute path.
 
     Raises:
-        ArtifactError: something stands there, or its parent does not exist or cannot be written to.
+        ArtifactError: something stands there, or its parent does not exist, cannot be written to, or is an artifact.
     """
     output = Path(os.path.realpath(output))
     parent = output.parent
     if not parent.is_dir():
-        raise ArtifactError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
+        raise ArtifactError(
+            "the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {shlex.quote(str(parent))}"
+        )
+    _check_outside_artifacts(output)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ArtifactError("the folder to write into is not writable", where=str(parent))
     _clear_up_after_the_dead(output)
@@ -91,6 +95,15 @@ def _clear_up_after_the_dead(output: Path) -> None:
 def _is_alive(pid: int) -> bool:
     # Containers give the same small numbers again: a leftover with our own number is not ours, we have just begun.
     return pid != os.getpid() and psutil.pid_exists(pid)
+
+
+def _check_outside_artifacts(output: Path) -> None:
+    """What stands inside an artifact would be lost, or in the way, when that one is written again."""
+    artifact = next((folder for folder in output.parents if (folder / MANIFEST).is_file()), None)
+    if artifact is not None:
+        raise ArtifactError(
+            "the output lies inside another artifact", where=str(artifact), hint="name a folder beside it"
+        )
 
 
 def _check_replaceable(output: Path) -> None:

@@ -23,6 +23,8 @@ BUILT_IN = "built-in demo text"
 BUILT_IN_CALIBRATION = "built-in demo text for calibration"
 _FORMATS = 'a .txt file, or a .jsonl file of objects with the key "text"'
 
+_LINE = 'each line is an object such as {"text": "Once upon a time"}'
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -94,7 +96,10 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
+        what = f"the text cannot be read: {error.strerror}"
+        raise UsageError(what, where=str(path), hint=f"check the path; give {_FORMATS}") from error
+    if b"\0" in data:
+        raise UsageError("this is no text: it holds zero bytes", where=str(path), hint=f"give {_FORMATS}, in UTF-8")
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -114,9 +119,9 @@ def _text_of(line: str, where: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"not valid JSON: {error}", where=where) from error
+        raise UsageError(f"not valid JSON: {error}", where=where, hint=_LINE) from error
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise UsageError("not an object with a string under the key 'text'", where=where)
+        raise UsageError("not an object with a string under the key 'text'", where=where, hint=_LINE)
     return str(value["text"])
 
 

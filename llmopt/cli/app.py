@@ -15,10 +15,10 @@ from llmopt.cli.bench import bench
 from llmopt.cli.demo import demo
 from llmopt.cli.generate import generate
 from llmopt.cli.inspect import inspect
-from llmopt.cli.outcome import DEBUG_VARIABLE
 from llmopt.cli.quantize import quantize
 from llmopt.cli.run import run
 from llmopt.cli.streams import write_out
+from llmopt.errors import DEBUG_VARIABLE
 
 # Help that nobody asked for at one level is None unless said here, and typer imports pydantic to find out that None is
 # no bool: that takes longer than all else `llmopt COMMAND --help` needs.
@@ -44,13 +44,15 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _before(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if debug:
-        # The environment, because worker processes should do the same.
         os.environ[DEBUG_VARIABLE] = "1"
+    if context.invoked_subcommand is None:
+        write_out(context.get_help() + "\n")

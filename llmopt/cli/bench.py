@@ -1,5 +1,6 @@
 """`llmopt bench`: what became better and what worse, with intervals, and promises as an exit code."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from llmopt.cli.console import Console
 from llmopt.cli.options import Json, Quiet, Revision, Seed, Threads, thread_count
-from llmopt.errors import ExitCode
+from llmopt.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help="Artifacts' folders, or models.")],
+    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", help="Artifacts' folders, or models.")],
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -30,12 +31,26 @@ def bench(
         typer.Option("--text", metavar="FILE", help="Text for accuracy, .txt or .jsonl (default: built-in stories)."),
     ] = None,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=0, help="How much of the text to read, in tokens; 0 reads all of it.")
+        int,
+        typer.Option(
+            "--tokens",
+            min=0,
+            metavar="N",
+            help="How much of the text to read, in tokens, spread evenly over it; 0 reads all of it.",
+        ),
     ] = 8192,
-    window: Annotated[int, typer.Option("--window", min=2, help="Tokens that the models see at once.")] = 512,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt whose latency is timed.")] = 128,
-    output: Annotated[int, typer.Option("--tokens-out", min=2, help="Tokens that are generated behind it.")] = 32,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Interleaved rounds of fresh processes.")] = 6,
+    window: Annotated[
+        int, typer.Option("--window", min=2, metavar="N", help="Tokens that the models see at once.")
+    ] = 512,
+    prompt: Annotated[
+        int, typer.Option("--prompt", min=1, metavar="N", help="Tokens of the prompt whose latency is timed.")
+    ] = 128,
+    output: Annotated[
+        int, typer.Option("--tokens-out", min=2, metavar="N", help="Tokens that are generated behind it.")
+    ] = 32,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, metavar="N", help="Interleaved rounds of fresh processes.")
+    ] = 6,
     accuracy: Annotated[bool, typer.Option("--accuracy/--no-accuracy", help="Measure accuracy.")] = True,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure latency and memory.")] = True,
     assertions: Annotated[
@@ -47,6 +62,12 @@ def bench(
             "'size_bytes <= 150MB'. May be repeated.",
         ),
     ] = None,
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save/--no-save", help="Rewrite each artifact's report.json and README.md with what was measured."
+        ),
+    ] = True,
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the table there.")] = None,
     revision: Revision = None,
     seed: Seed = None,
@@ -54,11 +75,12 @@ def bench(
     json: Json = False,
     quiet: Quiet = False,
 ) -> ExitCode:
-    """Measure artifacts against a baseline: accuracy, latency, memory and size, paired and with intervals.
+    """Measure accuracy, latency, memory and size against a baseline. All of it is paired, and has intervals.
 
     Accuracy: perplexity, KL divergence and top-1 agreement on the same tokens. Latency: TTFT is the time from a prompt
     to its first token, TPOT the time per token after that; both in interleaved rounds of fresh processes, with the
-    baseline against itself beside each change. Each artifact's report.json is rewritten.
+    baseline against itself beside each change. Each artifact's report.json and README.md are rewritten with what was
+    measured, unless --no-save.
 
     Exit codes: 0 every promise is kept, 1 one is broken, 4 the intervals do not tell.
 
@@ -72,6 +94,9 @@ def bench(
     from llmopt.pipeline.bench import BenchRequest, BenchSettings
     from llmopt.pipeline.bench import bench as do_bench
 
+    if markdown is not None and not markdown.parent.is_dir():
+        hint = f"mkdir -p {shlex.quote(str(markdown.parent))}"
+        raise UsageError("the folder to write into does not exist", where=f"--markdown {markdown}", hint=hint)
     count = thread_count(threads)
     timing = LatencySettings(threads=count, prompt_tokens=prompt, output_tokens=output, rounds=rounds)
     settings = BenchSettings(
@@ -82,6 +107,7 @@ def bench(
         baseline=baseline,
         settings=settings,
         gates=gates,
+        save=save,
         revision=revision,
         seed=seed or 0,
         threads=count,
@@ -101,5 +127,5 @@ def show_report(report: "Report", console: Console, markdown: Path | None = None
         print_report(report, on)
 
     if markdown is not None:
-        markdown.write_text(as_markdown(report), encoding="utf-8")
+        markdown.write_text(as_markdown(report), encoding="utf-8", newline="\n")
     console.result(report.to_json(), draw)

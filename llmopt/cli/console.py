@@ -3,6 +3,7 @@
 rich is imported where something is drawn, because `--help` has no use for it and should not wait.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -51,11 +52,14 @@ def _progress() -> Progress:
 def _drawn(text: "Drawing") -> str:
     from rich.console import Console as RichConsole
 
-    follows_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = RichConsole(file=sys.stdout, width=None if follows_terminal else _WIDTH_OF_A_LOG)
-    with console.capture() as capture:
-        if callable(text):
-            text(console)
-        else:
-            console.print(text, markup=False, highlight=False)
-    return capture.get()
+    # Not on standard output itself: what goes wrong there should go wrong in `write_out`.
+    terminal = sys.stdout.isatty()
+    paper = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, errors="replace", newline="\n")
+    width = None if terminal or "COLUMNS" in os.environ else _WIDTH_OF_A_LOG
+    console = RichConsole(file=paper, width=width, force_terminal=True if terminal else None)
+    if callable(text):
+        text(console)
+    else:
+        console.print(text, markup=False, highlight=False)
+    paper.seek(0)
+    return paper.read()

@@ -1,12 +1,13 @@
 """`llmopt demo`: the whole way on the embedded model, offline."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmopt.cli.console import Console
-from llmopt.cli.options import Force, Json, Quiet, Seed, Threads, thread_count
+from llmopt.cli.options import Force, Json, Quiet, Seed, Threads, folder, thread_count
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 def demo(
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Keep the artifacts there (default: throw them away)."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            parser=folder,
+            help="Keep the artifacts there (default: throw them away).",
+        ),
     ] = None,
     seed: Seed = None,
     threads: Threads = None,
@@ -25,7 +32,7 @@ def demo(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize the embedded model two ways, and show what that changed. Needs no network and less than a minute.
+    """Quantize the embedded model two ways, and show what changed. Needs no network and less than a minute.
 
     The model is a small Llama that this project trained on stories of its own grammar; the grammar's own perplexity,
     which no model can beat, stands below the table.
@@ -50,5 +57,5 @@ def draw(report: "Report", output: Path | None, on: "RichConsole") -> None:
     say("\nthe same with your own model:")
     say("  llmopt quantize MODEL -o OUT --scheme w4a16")
     say("  llmopt bench OUT --baseline MODEL --text FILE --assert 'perplexity <= +5%'")
-    kept = output / "w4a16" if output is not None else Path("OUT")
-    say(f'  llmopt generate {kept} "In the morning"')
+    kept = str(output / "w4a16") if output is not None else "OUT"
+    say(f'  llmopt generate {shlex.quote(kept)} "In the morning"')

@@ -16,18 +16,26 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's folder, or a model.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer or continue; - reads it from stdin.")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after so many tokens.")] = 128,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, metavar="N", help="Stop after so many tokens.")
+    ] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token; higher is more varied.")
+        float,
+        typer.Option(
+            "--temperature", min=0.0, metavar="X", help="0 takes the most likely token; higher is more varied."
+        ),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option("--top-p", min=0.0, max=1.0, help="Choose among the likeliest tokens of this share.")
+        float,
+        typer.Option("--top-p", min=0.0, max=1.0, metavar="P", help="Choose among the likeliest tokens of this share."),
     ] = 1.0,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template (default: if the model has one)."),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="The system message of a chat.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="The system message of a chat.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
@@ -42,7 +50,7 @@ def generate(
     from llmopt.pipeline.generate import GenerateRequest
     from llmopt.pipeline.generate import generate as do_generate
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_prompt(prompt)
     console = Console(json=json, quiet=quiet)
     request = GenerateRequest(
         model=model,
@@ -64,6 +72,22 @@ def generate(
     for piece in pieces:
         write_out(piece)
     write_out("\n")
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt as typed, or from standard input without the line end that `echo` puts behind it.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    from llmopt.errors import UsageError
+
+    try:
+        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        text.encode()  # bytes of an argument that are no text come as lone surrogates
+    except UnicodeError as error:
+        raise UsageError("the prompt is not UTF-8 text", hint="convert it: iconv -f LATIN1 -t UTF-8") from error
+    return text
 
 
 def as_object(request: "GenerateRequest", text: str) -> dict[str, object]:

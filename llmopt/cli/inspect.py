@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmopt.cli.console import Console
-from llmopt.cli.options import Json, Model, Quiet
+from llmopt.cli.options import Json, Model, Quiet, Revision
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,19 +24,26 @@ def inspect(
     context: Annotated[
         int | None, typer.Option("--context", min=1, metavar="TOKENS", help="Give costs at this length (default 2048).")
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
+    revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a model is and what it costs, without reading its weights."""
+    """Say what a model is and costs, without reading its weights.
+
+    Example: llmopt inspect demo --context 1024
+    """
     from llmopt.model.inspection import inspect_model
     from llmopt.model.source import open_source
+    from llmopt.quantize.assign import assign
     from llmopt.quantize.scheme import parse_scheme
 
     console = Console(json=json, quiet=quiet)
     source = open_source(model, revision=revision, weights=False, progress=console.progress)
     schemes = [parse_scheme(name) for name in SCHEMES]
-    inspection = inspect_model(source, {scheme.name: scheme for scheme in schemes}, context)
+    plans = {
+        scheme.name: {name: item.scheme for name, item in assign(source.spec, scheme).items()} for scheme in schemes
+    }
+    inspection = inspect_model(source, plans, context)
     console.result(inspection.to_json(), draw(inspection))
 
 
@@ -56,13 +63,19 @@ def _identity(inspection: "Inspection") -> "Text":
     attention, tied = spec.blocks[0].attention, "tied to the head" if spec.tied else "apart from the head"
     return Text.assemble(
         (inspection.name, "bold"),
-        f"\n{spec.architecture}, {_count(inspection.parameters)} parameters in {spec.dtype}\n"
+        f"\n{spec.architecture}, {_count(inspection.parameters)} parameters {_stored(inspection)}\n"
         f"{len(spec.blocks)} blocks of width {spec.hidden_size}; {attention.heads} heads of {attention.head_dim}, "
         f"{attention.kv_heads} for keys and values; MLP of {spec.blocks[0].mlp.size}\n"
         f"vocabulary of {spec.vocab_size}, {tied}; context of {spec.context_length} tokens{_limits(inspection)}\n"
         f"KV cache of {_si(inspection.kv_bytes_per_token, 'B')} a token, "
         f"{_si(inspection.kv_bytes_at_context, 'B')} at {inspection.context} tokens",
     )
+
+
+def _stored(inspection: "Inspection") -> str:
+    if inspection.stored_bytes is None:
+        return f"in {inspection.spec.dtype}"
+    return "stored as " + ", ".join(f"{name} ({_si(size, 'B')})" for name, size in inspection.stored_bytes.items())
 
 
 def _limits(inspection: "Inspection") -> str:
@@ -101,9 +114,10 @@ def _quantizable(inspection: "Inspection") -> "Table":
 
 
 def _sizes(inspection: "Inspection") -> "Table":
-    table = _table("quantized to", "model files", f"of {inspection.spec.dtype}")
-    for scheme, size in inspection.sizes_bytes.items():
-        table.add_row(scheme, _si(size, "B"), f"{100 * size / inspection.size_bytes:.1f} %")
+    table = _table("quantized to", "embedding and head", "model files", f"of {inspection.spec.dtype}")
+    for size in inspection.predicted_sizes:
+        share = f"{100 * size.size_bytes / inspection.size_bytes:.1f} %"
+        table.add_row(size.scheme, size.tables, _si(size.size_bytes, "B"), share)
     return table
 
 

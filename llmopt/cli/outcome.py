@@ -1,15 +1,16 @@
 """How a command ends: every exception becomes a message of three parts and an exit code."""
 
 import errno
-import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
-from llmopt.errors import ExitCode, LlmoptError, ResourceError, UsageError
+from llmopt.errors import ExitCode, Interrupted, LlmoptError, ResourceError, UsageError, debugging
 
-DEBUG_VARIABLE = "LLMOPT_DEBUG"
+NOTHING_HALF = "no folder was left half written"
 # PyTorch reports this as a RuntimeError like any other.
 _TORCH_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -29,8 +30,25 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
     # typer turns Ctrl-C into this code before we see it.
     if code == ExitCode.INTERRUPTED:
-        _print("interrupted", "no folder was left half written")
+        _print("interrupted", NOTHING_HALF)
     return int(code or ExitCode.DONE)
+
+
+@contextmanager
+def resumable(outputs: Iterable[Path]) -> Iterator[None]:
+    """Have an interruption say so if one of these outputs has a journal to go on from.
+
+    Raises:
+        Interrupted: it was interrupted, and has.
+    """
+    from llmopt.artifact import journal_folder
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if any(journal_folder(output).is_dir() for output in outputs):
+            raise Interrupted(f"{NOTHING_HALF}; the same command goes on where it stopped") from stop
+        raise
 
 
 def _code_of_exit(leaving: SystemExit) -> int:
@@ -41,10 +59,10 @@ def _code_of_exit(leaving: SystemExit) -> int:
 
 
 def _fail(error: Exception) -> int:
-    if os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}:
+    if debugging():
         traceback.print_exception(error)
     explained = explain(error)
-    _print("error", str(explained))
+    _print("interrupted" if isinstance(explained, Interrupted) else "error", str(explained))
     return explained.exit_code
 
 

@@ -1,5 +1,6 @@
 """`llmopt quantize`: a model in, a quantized artifact out, checked against what it should compute."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +15,16 @@ from llmopt.cli.options import (
     Model,
     Output,
     Quiet,
+    Restart,
+    ResumeFlag,
     Revision,
     Seed,
     Threads,
     TrustRemoteCode,
+    resume_choice,
     thread_count,
 )
+from llmopt.cli.outcome import resumable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -83,12 +88,17 @@ def quantize(
         typer.Option(
             "--override",
             metavar="PATTERN=SCHEME",
-            help="Another scheme for the layers that match: 'lm_head=w8a16', '*.down_proj=w8a16'. May be repeated.",
+            help="Another scheme for the layers whose name, or what stands behind any of its dots, matches: "
+            "'lm_head=w8a16', 'layers.0.*=w8a16'. May be repeated: the last one that matches counts.",
         ),
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option("--ignore", metavar="PATTERN", help="Leave layers that match as they are. May be repeated."),
+        typer.Option(
+            "--ignore",
+            metavar="PATTERN",
+            help="Leave layers that match, in the same way, as they are, whatever --override says. May be repeated.",
+        ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="With --budget: what each group of layers got, and the next best.")
@@ -109,15 +119,20 @@ def quantize(
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
     threads: Threads = None,
+    resume: ResumeFlag = False,
+    restart: Restart = False,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model to integers, and write an artifact that onnxruntime or transformers opens.
+    """Quantize a model into an artifact that onnxruntime or transformers opens.
 
     Every linear and embedding gets the scheme or is named with the reason why not. What is written is then
     opened and held against the quantized model in torch; if they differ, nothing is left behind.
+
+    A method that looks at inputs keeps its finished parts in a journal beside the output until that is whole: after a
+    Ctrl-C, a crash or a full disk the same command goes on where it stopped, to the same bytes.
 
     Example: llmopt quantize demo -o demo-int4 --scheme w4a16 --override lm_head=w8a16
     """
@@ -131,6 +146,7 @@ def quantize(
     parsed = parse_scheme(scheme)
     overrides = tuple(map(parse_override, override or ()))
     check_method(method)
+    resuming = resume_choice(resume, restart)
     asked = None if budget is None else parse_budget(budget)
     shown = Shown(explain=explain, plot=plot)
     shown.check(has_budget=asked is not None)
@@ -153,6 +169,7 @@ def quantize(
         seed=seed or 0,
         threads=thread_count(threads),
         force=force,
+        resume=resuming,
     )
     console = Console(json=json, quiet=quiet)
     if dry_run:
@@ -180,6 +197,7 @@ def show_plan(request: "QuantizeRequest", console: Console, shown: Shown) -> Non
 
     check_destination(request.output, force=request.force)
     prepared = with_plan(prepare(request, console.progress), console.progress)
+    prepared.require_room()
     layers = planned_layers(prepared)
     value = {
         "schema": "llmopt.quantize-plan/1",
@@ -187,8 +205,10 @@ def show_plan(request: "QuantizeRequest", console: Console, shown: Shown) -> Non
         "output": str(request.output),
         "estimated_bytes": prepared.estimated_bytes,
         "layers": [layer.to_json() for layer in layers],
+        "notes": list(prepared.notes),
     }
     lines = [f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB; nothing was done"]
+    lines = [*prepared.notes, *lines]
     if prepared.plan is not None:
         value["budget"] = plan_json(prepared.plan, explain(prepared.plan))
         lines = [plan_line(prepared.plan), *lines]
@@ -200,12 +220,11 @@ def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
     """Each layer with what it is to get."""
     from llmopt.report.results import LayerResult
 
-    method = prepared.request.method
     return tuple(
         LayerResult(
             name=item.name,
             scheme=None if item.scheme is None else item.scheme.name,
-            method=None if item.scheme is None else method,
+            method=None if item.scheme is None else prepared.method_of(item.name),
             reason=item.reason,
         )
         for item in prepared.assignments.values()
@@ -216,34 +235,38 @@ def show_result(request: "QuantizeRequest", console: Console, shown: Shown) -> N
     """Do it, and say what came of it."""
     from llmopt.pipeline.quantize import quantize as do_quantize
 
-    result = do_quantize(request, console.progress)
+    with resumable([request.output]):
+        result = do_quantize(request, console.progress)
     value = {"path": str(result.path)} | result.report.to_json()
     if result.plan is not None:
         shown.draw(result.plan)
     layers = result.report.candidates[0].layers
-    console.result(value, drawing(layers, outcome_lines(result), shown.table(result.plan)))
+    console.result(value, drawing(layers, outcome_lines(result, request.model), shown.table(result.plan)))
 
 
-def outcome_lines(result: "QuantizeResult") -> list[str]:
-    """The artifact in a few lines."""
+def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:
+    """The artifact in a few lines, and what to do with it and the model that it was made from."""
     size = result.report.candidates[0].metrics["size_bytes"]
     assert size is not None
     exact, shipped = result.verification.exact, result.verification.shipped
+    fitted = "calibration" in result.report.settings
     return [
+        *(["relative errors are those of weights: fitting to inputs raises them, to lower those of outputs"] * fitted),
         f"wrote {result.path}: {size.value / 1e6:,.1f} MB",
         f"the artifact against the quantized model in torch, on {exact.tokens} tokens:",
         f"  in float32: relative error {exact.relative_error:.1e}, top-1 agreement {exact.top1_agreement:.1%}",
         f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}",
         *result.report.notes,
-        next_steps(result),
+        *next_steps(result, model),
     ]
 
 
-def next_steps(result: "QuantizeResult") -> str:
+def next_steps(result: "QuantizeResult", model: str) -> list[str]:
     """What opens the artifact."""
     if result.manifest.format == "hf":
-        return f"next: transformers.AutoModelForCausalLM.from_pretrained({str(result.path)!r})"
-    return f"next: llmopt bench {result.path} --baseline MODEL, llmopt generate {result.path} PROMPT"
+        return [f"next: transformers.AutoModelForCausalLM.from_pretrained({str(result.path)!r})"]
+    path = shlex.quote(str(result.path))
+    return [f"next: llmopt bench {path} --baseline {shlex.quote(model)}", f"      llmopt generate {path} PROMPT"]
 
 
 def drawing(

@@ -1,13 +1,14 @@
 """`llmopt recipe`: check a recipe, or print the schema that editors check it with."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llmopt.cli.console import Console
 from llmopt.cli.options import Json, Settings
 from llmopt.cli.streams import write_out
+from llmopt.words import counted
 
 app = typer.Typer(help="Check a recipe, or print the JSON Schema of recipes.")
 
@@ -33,7 +34,12 @@ def check(
 
     recipe = load_recipe(file, vocabulary=vocabulary(), assignments=settings or ())
     names = ", ".join(step.quantize.name for step in recipe.steps)
-    Console(json=json).result(
-        recipe.model_dump(mode="json", by_alias=True),
-        f"{file}: {recipe.model} to {names}, {len(recipe.gates)} gates",
-    )
+    content = recipe.model_dump(mode="json", by_alias=True)
+    summary = f"# {file}: {recipe.model} to {names}, {counted(len(recipe.gates), 'gate')}"
+    Console(json=json).result(content, lambda on: on.out(f"{summary}\n{_as_yaml(content)}", highlight=False, end=""))
+
+
+def _as_yaml(content: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -8,9 +8,11 @@ import typer
 from llmopt.cli.bench import show_report
 from llmopt.cli.console import Console
 from llmopt.cli.options import DryRun, Force, Json, Quiet, Seed, Settings, Threads, thread_count
+from llmopt.cli.outcome import resumable
 from llmopt.errors import ExitCode
 
 if TYPE_CHECKING:
+    from llmopt.pipeline.quantize import Prepared
     from llmopt.pipeline.run import RunResult
 
 
@@ -48,12 +50,24 @@ def run(
     if dry_run:
         steps = plan(recipe, options, console.progress)
         value = {str(step.request.output): {"estimated_bytes": step.estimated_bytes} for step in steps}
-        lines = [f"would write {path}: {entry['estimated_bytes'] / 1e6:,.1f} MB" for path, entry in value.items()]
+        lines = [planned_line(step, force=force) for step in steps]
         console.result({"schema": "llmopt.run-plan/1", "artifacts": value}, "\n".join([*lines, "nothing was done"]))
         return ExitCode.DONE
-    result = do_run(recipe, options, console.progress)
+    with resumable(Path(recipe.output) / step.quantize.name for step in recipe.steps):
+        result = do_run(recipe, options, console.progress)
     show_run(result, console)
     return result.exit_code
+
+
+def planned_line(step: "Prepared", *, force: bool) -> str:
+    """What would become of a step."""
+    from llmopt.pipeline.run import is_done
+
+    path = step.request.output
+    if is_done(step, force=force):
+        return f"{path} is there already, made from the same"
+    step.require_room()
+    return f"would write {path}: {step.estimated_bytes / 1e6:,.1f} MB"
 
 
 def show_run(result: "RunResult", console: Console) -> None:

@@ -1,7 +1,7 @@
 """A GPTQ checkpoint read back as floats, by the definition of its layout and nothing that wrote it.
 
-w[o, i] = scales[g, o] · (code[o, i] - (qzeros[g, o] + 1)) with g = g_idx[i]; codes lie in `qweight` along the inputs and
-zero points in `qzeros` along the outputs, the first of each word in its lowest bits.
+w[o, i] = scales[g, o] · (code[o, i] - (qzeros[g, o] + 1)) with g = g_idx[i]; codes lie in `qweight` along the inputs,
+and zero points in `qzeros` along the outputs, the first of each word in its lowest bits.
 """
 
 from pathlib import Path

@@ -15,6 +15,7 @@ from llmopt.artifact import Manifest
 from llmopt.calibrate.text import BUILT_IN_CALIBRATION
 from llmopt.report.markdown import code, comparison_table, escape, layer_table
 from llmopt.report.results import METRICS, TIMING_METRICS, Report
+from llmopt.words import counted
 
 GENAI_CONFIG = "genai_config.json"
 TIMELESS = frozenset(METRICS) - TIMING_METRICS
@@ -172,9 +173,9 @@ def _measured(card: Card) -> str:
     if text is None:
         return f"{comparison_table(renamed, TIMELESS)}\n\nAccuracy was not measured."
     return (
-        f"{comparison_table(renamed, TIMELESS)}\n\nOn {escape(text['text'])}: {text['tokens']} tokens in "
-        f"{text['clusters']} clusters, one a {escape(text['clustered_by'])}. Both models read the same tokens; the "
-        "intervals come from a bootstrap over clusters, and the change is paired. The baseline's own KL divergence "
+        f"{comparison_table(renamed, TIMELESS)}\n\nOn {escape(text['text'])}: {counted(text['tokens'], 'token')} of "
+        f"{escape(counted(text['clusters'], text['clustered_by']))}. Both models read the same tokens; the "
+        "intervals come from a bootstrap over them, and the change is paired. The baseline's own KL divergence "
         "and agreement are those against itself in another batch arrangement: the noise of the measurement."
     )
 

@@ -1,5 +1,9 @@
-"""Scores of tokens, summed by cluster, become perplexity, KL divergence, top-1 agreement and the change they show."""
+"""Scores of tokens, summed by cluster, become perplexity, KL divergence, top-1 agreement and the change they show.
 
+Intervals are found for means over tokens, and those of perplexities are exp of them: a perplexity is above 0.
+"""
+
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -58,19 +62,19 @@ class AccuracySums:
         return Measurement(value=float(value), n=self.tokens, unit=unit)
 
 
-def baseline_perplexity(totals: Array) -> Array:
-    """exp of the mean negative log-likelihood, from totals [..., Q]."""
-    return np.exp(totals[..., BASELINE_NLL] / totals[..., TOKENS])
+def baseline_nll(totals: Array) -> Array:
+    """The baseline's mean negative log-likelihood, the logarithm of its perplexity, from totals [..., Q]."""
+    return totals[..., BASELINE_NLL] / totals[..., TOKENS]
 
 
-def candidate_perplexity(totals: Array) -> Array:
-    """exp of the mean negative log-likelihood, from totals [..., Q]."""
-    return np.exp(totals[..., CANDIDATE_NLL] / totals[..., TOKENS])
+def candidate_nll(totals: Array) -> Array:
+    """The candidate's mean negative log-likelihood, the logarithm of its perplexity, from totals [..., Q]."""
+    return totals[..., CANDIDATE_NLL] / totals[..., TOKENS]
 
 
-def perplexity_change(totals: Array) -> Array:
-    """Candidate's perplexity / baseline's - 1, from the tokens' own differences, so that what they share cancels."""
-    return np.expm1((totals[..., CANDIDATE_NLL] - totals[..., BASELINE_NLL]) / totals[..., TOKENS])
+def nll_change(totals: Array) -> Array:
+    """Logarithm of candidate's perplexity / baseline's, from the tokens' own differences: what they share cancels."""
+    return (totals[..., CANDIDATE_NLL] - totals[..., BASELINE_NLL]) / totals[..., TOKENS]
 
 
 def mean_kl(totals: Array) -> Array:
@@ -85,15 +89,16 @@ def agreement(totals: Array) -> Array:
 
 def candidate_side(sums: AccuracySums, noise: Bounds, seed: int) -> Side:
     """What was found out about a candidate."""
-    perplexity, change = cluster_intervals(sums.sums_CQ, [candidate_perplexity, perplexity_change], seed)
+    nll, difference = cluster_intervals(sums.sums_CQ, [candidate_nll, nll_change], seed)
+    change = _mapped(difference, np.expm1)
     delta = Delta(
-        relative=float(perplexity_change(sums.totals)),
+        relative=float(np.expm1(nll_change(sums.totals))),
         low=change.low if change else None,
         high=change.high if change else None,
         noise_low=noise.low,
         noise_high=noise.high,
     )
-    measured = _measurement("perplexity", candidate_perplexity(sums.totals), perplexity, sums.tokens)
+    measured = _measurement("perplexity", np.exp(candidate_nll(sums.totals)), _mapped(nll, np.exp), sums.tokens)
     return Side(
         metrics={"perplexity": measured, **_closeness(sums, seed)},
         deltas={"perplexity": delta},
@@ -103,20 +108,23 @@ def candidate_side(sums: AccuracySums, noise: Bounds, seed: int) -> Side:
 
 def baseline_side(sums: AccuracySums, itself: AccuracySums, seed: int) -> Side:
     """What was found out about the baseline: its perplexity, and how close it came to itself."""
-    (perplexity,) = cluster_intervals(sums.sums_CQ, [baseline_perplexity], seed)
-    measured = _measurement("perplexity", baseline_perplexity(sums.totals), perplexity, sums.tokens)
+    (nll,) = cluster_intervals(sums.sums_CQ, [baseline_nll], seed)
+    measured = _measurement("perplexity", np.exp(baseline_nll(sums.totals)), _mapped(nll, np.exp), sums.tokens)
     return Side(metrics={"perplexity": measured, **_closeness(itself, seed)}, extra=itself.kl_tail())
 
 
 def noise_bounds(itself: AccuracySums) -> Bounds:
     """The range of the change of perplexity over the clusters of a comparison of the baseline with itself."""
-    changes_C = perplexity_change(itself.sums_CQ)
+    changes_C = np.expm1(nll_change(itself.sums_CQ))
     return Bounds(min(0.0, float(changes_C.min())), max(0.0, float(changes_C.max())))
 
 
 def _closeness(sums: AccuracySums, seed: int) -> dict[str, Measurement]:
     """KL divergence and top-1 agreement."""
     kl, agree = cluster_intervals(sums.sums_CQ, [mean_kl, agreement], seed)
+    # Student's interval knows nothing of what these can be at all.
+    kl = _mapped(kl, lambda end: max(end, 0.0))
+    agree = _mapped(agree, lambda end: min(max(end, 0.0), 1.0))
     if agree is not None and sums.totals[AGREE] == sums.tokens:
         # No resample can hold a disagreement when there was none, yet n tokens without one do not exclude a share
         # of 1 - 0.05^(1/n), about 3/n.
@@ -125,6 +133,10 @@ def _closeness(sums: AccuracySums, seed: int) -> dict[str, Measurement]:
         "kl_divergence": _measurement("kl_divergence", mean_kl(sums.totals), kl, sums.tokens),
         "top1_agreement": _measurement("top1_agreement", agreement(sums.totals), agree, sums.tokens),
     }
+
+
+def _mapped(interval: Interval | None, monotone: Callable[[float], float]) -> Interval | None:
+    return None if interval is None else Interval(*(float(monotone(end)) for end in interval))
 
 
 def _measurement(metric: str, value: Array, interval: Interval | None, tokens: int) -> Measurement:

@@ -17,6 +17,7 @@ from llmopt.measure.outcome import Outcome
 from llmopt.measure.tokens import score
 from llmopt.progress import Progress, Task
 
+FEW_CLUSTERS = 10  # Student's t with fewer is wider than the normal distribution by more than a sixth
 NOISE_PAIRS = 2
 NOISE_ELEMENTS = 2**26  # logits of one pair of windows: at most 256 MB
 
@@ -138,7 +139,12 @@ def _settings(windows: TokenWindows, tokens: int, clusters: int) -> dict[str, ob
 
 
 def _notes(windows: TokenWindows, clusters: int) -> tuple[str, ...]:
-    if clusters > 1:
+    unit = windows.clustered_by
+    if clusters == 1:
+        return (
+            f"accuracy has no interval: all tokens of {windows.name} belong to one {unit}; measure on more of them",
+        )
+    if clusters >= FEW_CLUSTERS:
         return ()
-    text = f"accuracy has no interval: all tokens of {windows.name} belong to one {windows.clustered_by}"
-    return (text + "; measure on more of them",)
+    more = "read more tokens, or a text of more documents" if unit == "document" else "read more tokens"
+    return (f"the tokens come from {clusters} {unit}s only, which makes the intervals of accuracy wide: {more}",)

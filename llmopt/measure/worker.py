@@ -6,13 +6,14 @@ and transformers are never imported here: their memory would be counted as the a
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
 from llmopt.engine.base import Engine
-from llmopt.errors import LlmoptError
+from llmopt.errors import ExitCode, LlmoptError, debugging
 from llmopt.measure.block import Job, run_block
 
 
@@ -31,6 +32,12 @@ def main(stdin: TextIO, stdout: TextIO, open_engine: Callable[[Path, int], Engin
     except LlmoptError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    # Whatever onnxruntime raises: the process that started this one shows its last lines to a person.
+    except Exception as error:
+        if debugging():
+            traceback.print_exception(error)
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return ExitCode.FAILED
     json.dump(asdict(block), stdout, allow_nan=False)
     return 0
 

@@ -23,6 +23,15 @@ from llmopt.model.stored import StoredTensor, damaged, open_file
 Array = np.ndarray[Any, Any]
 Restore = Callable[[str, Array], Array]
 
+_BUFFERS = (
+    "rotary_emb.inv_freq",
+    ".attn.bias",  # gpt2's causal mask
+    ".attn.masked_bias",
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
+_TIED_HEADS = ("lm_head.weight", "output.weight")
 _DECODED_AT_ONCE = 1 << 22  # values: what a tensor takes beyond itself while it is read is a few times 16 MiB
 
 
@@ -59,6 +68,7 @@ class Checkpoint:
     ) -> None:
         self._stored = _select(spec, stored, where=where, any_order=restore is not None)
         self._ignored = tuple(sorted(tensor.name for name, tensor in stored.items() if name not in self._stored))
+        self._tied = spec.tied
         self._tables = {f"{spec.embedding.name}.weight", spec.head.weight.name}
         self._restore = restore
         self._files: dict[str, FileIO] = {}
@@ -81,6 +91,11 @@ class Checkpoint:
     def ignored(self) -> tuple[str, ...]:
         """Stored tensors that the model does not need: rotary and mask buffers, the copy of a tied head."""
         return self._ignored
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Those of the ignored tensors that checkpoints do not commonly hold besides the weights."""
+        return tuple(name for name in self._ignored if not _is_harmless(name, tied=self._tied))
 
     @property
     def stored_bytes(self) -> int:
@@ -113,7 +128,8 @@ class Checkpoint:
         stored = self._stored[tensor.name]
         values = self._decode_rows(stored, start, stop)
         if self._restore is not None and tensor.name not in self._tables:
-            values = torch.from_numpy(np.ascontiguousarray(self._restore(tensor.name, values.numpy())))
+            # Copied into torch's own memory: products may round differently where a matrix is aligned differently.
+            values = torch.tensor(self._restore(tensor.name, values.numpy()))
         require_finite(values, name=tensor.name, file=str(stored.file), first_row=start)
         return values
 
@@ -138,6 +154,11 @@ class Checkpoint:
             if not count:
                 raise damaged(f"{stored.name} is cut off", stored.file)
             wanted = wanted[count:]
+
+
+def _is_harmless(name: str, *, tied: bool) -> bool:
+    """Buffers that transformers once saved, tables that GGUF holds of them, and the copy of a tied head."""
+    return name.endswith(_BUFFERS) or (tied and name in _TIED_HEADS)
 
 
 def _rename(tables: Mapping[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:

@@ -40,6 +40,18 @@ def read_tables(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
     return {names.get(name, name): tensor for name, tensor in header.tensors.items()}
 
 
+def bytes_by_type(path: Path) -> dict[str, int]:
+    """How many bytes the file's tensors take in each of its types, `Q8_0` and the like, the most first.
+
+    Raises:
+        ModelError, UnsupportedError: as `read_config`.
+    """
+    totals: dict[str, int] = {}
+    for tensor in read_header(path).tensors.values():
+        totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.size_bytes
+    return dict(sorted(totals.items(), key=lambda entry: -entry[1]))
+
+
 def _gguf_names(header: GgufHeader, spec: ModelSpec, *, where: str) -> Mapping[str, str]:
     """What the converter calls each tensor of the spec."""
     name = architecture(header, where=where)

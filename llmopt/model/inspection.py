@@ -15,10 +15,25 @@ SCHEMA = "llmopt.inspect/1"
 # Long enough that attention and the cache count, short enough for any model.
 DEFAULT_CONTEXT = 2048
 
+# What each linear and embedding gets, by its name; None leaves it float32.
+Plan = Mapping[str, storage.Grid | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedSize:
+    """What the model files take under a scheme, where embedding and head get that of `tables`."""
+
+    scheme: str
+    tables: str
+    size_bytes: int
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A model described at `context` tokens. `sizes_bytes` holds the predicted size under each scheme, by its name."""
+    """A model described at `context` tokens.
+
+    `stored_bytes` has the bytes in each type of a GGUF file, whose config names none; it is None for other models.
+    """
 
     name: str
     revision: str | None
@@ -31,7 +46,8 @@ class Inspection:
     kv_bytes_at_context: int
     tensor_parallel: tuple[parallel.TensorParallel, ...]
     quantizable: tuple[storage.Quantizable, ...]
-    sizes_bytes: Mapping[str, int]
+    predicted_sizes: tuple[PredictedSize, ...]
+    stored_bytes: Mapping[str, int] | None = None
 
     @property
     def parameters(self) -> int:
@@ -57,6 +73,7 @@ class Inspection:
             **_identity(self.spec),
             "parameters": self.parameters,
             "size_bytes": self.size_bytes,
+            "stored_bytes": self.stored_bytes,
             "parts": [asdict(part) for part in self.parts],
             "context": self.context,
             "prefill": _work(self.prefill),
@@ -71,12 +88,14 @@ class Inspection:
                 for entry in self.tensor_parallel
             ],
             "quantizable": [{**asdict(group), "parameters": group.parameters} for group in self.quantizable],
-            "predicted_sizes": [{"scheme": name, "size_bytes": size} for name, size in self.sizes_bytes.items()],
+            "predicted_sizes": [asdict(size) for size in self.predicted_sizes],
         }
 
 
-def inspect_model(source: ModelSource, schemes: Mapping[str, storage.Grid], context: int | None = None) -> Inspection:
+def inspect_model(source: ModelSource, plans: Mapping[str, Plan], context: int | None = None) -> Inspection:
     """Describe a model at `context` tokens (default: 2048, or what the model reads if that is less).
+
+    Sizes are predicted for each of `plans`, by the name of the scheme that was asked for.
 
     Raises:
         UsageError: the context is not one that the model has.
@@ -99,7 +118,23 @@ def inspect_model(source: ModelSource, schemes: Mapping[str, storage.Grid], cont
         kv_bytes_at_context=cost.kv_bytes_at(spec, tokens),
         tensor_parallel=parallel.tensor_parallel_degrees(spec),
         quantizable=storage.quantizable(spec),
-        sizes_bytes={name: storage.quantized_bytes(spec, grid) for name, grid in schemes.items()},
+        predicted_sizes=tuple(_predicted(spec, scheme, plan) for scheme, plan in plans.items()),
+        stored_bytes=_stored_bytes(source),
+    )
+
+
+def _stored_bytes(source: ModelSource) -> dict[str, int] | None:
+    if source.gguf is None:
+        return None
+    from llmopt.model.gguf_file import bytes_by_type  # noqa: PLC0415 (needs gguf, which other models do not)
+
+    return bytes_by_type(source.gguf)
+
+
+def _predicted(spec: ModelSpec, scheme: str, plan: Plan) -> PredictedSize:
+    tables = plan[spec.head.name]
+    return PredictedSize(
+        scheme=scheme, tables=tables.name if tables else "float32", size_bytes=storage.quantized_bytes(spec, plan)
     )
 
 

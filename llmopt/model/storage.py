@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -34,6 +35,11 @@ class Quantizable:
 
 class Grid(Protocol):
     """What a scheme says about storage; `llmopt.quantize.scheme.Scheme` is one."""
+
+    @property
+    def name(self) -> str:
+        """As people write it."""
+        ...
 
     @property
     def bits(self) -> int:
@@ -78,22 +84,30 @@ def quantizable(spec: ModelSpec) -> tuple[Quantizable, ...]:
     return (table, *linears)
 
 
-def quantized_bytes(spec: ModelSpec, grid: Grid) -> int:
-    """Size of an exported model with every linear and the token table on `grid`, in bytes.
+def quantized_bytes(spec: ModelSpec, grids: Mapping[str, Grid | None]) -> int:
+    """Size of an exported model in bytes, with the token table and every linear, by its name, on a grid.
 
-    What stays float32: norms, biases, learned positions, and the tables of the rotary embedding. The graph's nodes
-    and file headers are left out.
+    None is float32. The graph's nodes and file headers are left out.
     """
-    weights = sum(
-        group.count * stored_bytes(group.out_features, group.in_features, grid)
-        for group in quantizable(spec)
-        if not group.tied
-    )
+    shapes = {spec.embedding.name: (spec.embedding.vocab_size, spec.embedding.width)}
+    shapes |= {
+        linear.name: (linear.out_features, linear.in_features) for linear in spec.linears() if linear.tied_to is None
+    }
+    weights = sum(_weight_bytes(rows, columns, grids[name]) for name, (rows, columns) in shapes.items())
+    return weights + float_bytes(spec)
+
+
+def float_bytes(spec: ModelSpec) -> int:
+    """What is float32 under every scheme: norms, biases, learned positions, and the tables of the rotary embedding."""
     biases = sum(linear.out_features for linear in spec.linears() if linear.bias)
     positions = spec.embedding.positions
     floats = biases + sum(tensor.count for tensor in norm_tensors(spec)) + _rotary_values(spec)
     floats += sum(tensor.count for tensor in positions.tensors()) if positions is not None else 0
-    return weights + floats * _FLOAT32_BYTES
+    return floats * _FLOAT32_BYTES
+
+
+def _weight_bytes(rows: int, columns: int, grid: Grid | None) -> int:
+    return rows * columns * _FLOAT32_BYTES if grid is None else stored_bytes(rows, columns, grid)
 
 
 def stored_bytes(rows: int, columns: int, grid: Grid) -> int:

@@ -13,6 +13,7 @@ from llmopt.pipeline.export import Export, export
 from llmopt.pipeline.formats.onnx import ONNX, estimated_bytes
 from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.quantize import source_entry
+from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 
@@ -35,10 +36,10 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     """The folder of a model as a float32 ONNX artifact; an artifact's own folder if that is what `model` names.
 
     Raises:
-        LlmoptError: the model is not there, not supported or damaged, or the disk is full.
+        LlmoptError: the model or artifact is not there, not supported or damaged, or the disk is full.
     """
     if is_artifact(model):
-        require_onnx(load_manifest(Path(model)), model)
+        require_onnx(load_manifest(Path(model), verify=True), model)
         return Path(model)
     source = open_source(model, revision=revision, progress=progress)
     names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]
@@ -49,6 +50,7 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     folder = cache_folder() / "baselines" / f"{printable(source.name)}-{manifest.key[:16]}"
     if _is_whole(folder):
         return folder
+    open_tokenizer(source)  # a mistake in it should name the model's folder, not the one that is being written
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_free_disk(folder.parent, estimated_bytes(source.spec, assignments))
     job = Export(source=source, assignments=assignments, method=None, seed=0, threads=threads)
@@ -79,7 +81,7 @@ def printable(name: str) -> str:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        load_manifest(folder)
+        load_manifest(folder, verify=True)
     except ArtifactError:
         return False
     return True

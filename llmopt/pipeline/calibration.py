@@ -18,7 +18,7 @@ from llmopt.engine.base import TokenIds
 from llmopt.engine.blocks import RotaryTables, activated, block_forward, embed, mixed, normalize
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.rotary import longest_sequence
-from llmopt.model.spec import Block, Linear, ModelSpec, Norm
+from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.quantize.execute import round_rows
 from llmopt.quantize.fold import InputSample
@@ -35,6 +35,8 @@ WINDOW = 512
 PANELS, MIN_PANEL = 4, 64
 KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 SAMPLED_TOKENS = 512
+HEAD_TOKENS = 8192
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,27 @@ class CalibrationText:
         return [np.minimum(ids, spec.vocab_size - 1) for ids in found.ids]
 
 
+class Bounded:
+    """Makes tokens whose inputs are larger than those of the median token just as large.
+
+    The first token of a text, and a few others, have activations hundreds of times as large as the rest (Sun et al.
+    2024, "Massive Activations in Large Language Models", arXiv 2402.17762). Squared they would be most of every sum,
+    and weights would be fitted to them alone, though the norm behind takes their size away.
+    """
+
+    def __init__(self) -> None:
+        self.typical = 0.0  # squared size, of the median token in the first window that has any
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """The inputs of some tokens, [tokens, in], none of them larger than a typical one."""
+        square_N = x_NI.square().sum(-1)
+        if self.typical == 0:
+            self.typical = float(square_N.median()) or float(square_N.mean())
+        return x_NI * (self.typical / square_N.clamp_min(TINY)).clamp_max_(1).sqrt_()[:, None]
+
+
 class Moment:
-    """The second moment of inputs that come window by window.
+    """The second moment of inputs that come window by window, bounded.
 
     It is symmetric, and products of panels that lie above the diagonal are not computed: 5/8 of the work with 4 panels.
     """
@@ -64,11 +85,12 @@ class Moment:
     def __init__(self, width: int) -> None:
         self.sum_II = torch.zeros((width, width))  # below the diagonal, and a little above it
         self.tokens = 0
+        self.bounded = Bounded()
         self.panel = max(MIN_PANEL, -(-width // PANELS))
 
     def add(self, x_BTI: Tensor) -> None:
         """Add Σ x xᵀ over all tokens."""
-        x_NI = x_BTI.flatten(0, -2)
+        x_NI = self.bounded(x_BTI.flatten(0, -2))
         for start in range(0, x_NI.shape[1], self.panel):
             stop = start + self.panel
             self.sum_II[start:, start:stop].addmm_(x_NI[:, start:].T, x_NI[:, start:stop])
@@ -87,17 +109,18 @@ class Moment:
 
 
 class Sampler:
-    """Every so many of the inputs that come window by window."""
+    """Every so many of the inputs that come window by window, bounded."""
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
         self.seen = 0
+        self.bounded = Bounded()
         self.rows: list[Tensor] = []
         self.largest_I = torch.zeros(())
 
     def add(self, x_BTI: Tensor) -> None:
         """Look at some more."""
-        x_NI = x_BTI.flatten(0, -2)
+        x_NI = self.bounded(x_BTI.flatten(0, -2))
         self.rows.append(x_NI[-self.seen % self.stride :: self.stride].clone())
         self.largest_I = torch.maximum(self.largest_I, x_NI.abs().amax(0))
         self.seen += len(x_NI)
@@ -105,6 +128,21 @@ class Sampler:
     def sample(self) -> InputSample:
         """What was kept."""
         return InputSample(tokens_NI=torch.cat(self.rows), largest_I=self.largest_I)
+
+
+def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds]) -> None:
+    """See that there are as many tokens as the widest linear has inputs.
+
+    Raises:
+        UsageError: there are fewer, which would leave its second moment singular.
+    """
+    tokens = sum(map(len, windows))
+    widest = max(spec.linears(), key=lambda linear: linear.in_features)
+    if tokens < widest.in_features:
+        raise UsageError(
+            f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
+            hint="give more text with --calib, or more of it with --calib-tokens",
+        )
 
 
 @dataclass
@@ -121,13 +159,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Fail before anything is read."""
-        tokens = sum(map(len, self.windows))
-        widest = max(self.spec.linears(), key=lambda linear: linear.in_features)
-        if tokens < widest.in_features:
-            raise UsageError(
-                f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
-                hint="give more text with --calib, or more of it with --calib-tokens",
-            )
+        require_tokens(self.spec, self.windows)
         self.tables = RotaryTables(self.spec, max(map(len, self.windows)))
 
     @torch.inference_mode()
@@ -135,6 +167,24 @@ class Calibration:
         """Look the tokens up in the table as it is stored."""
         dense = {name: densify(weight) for name, weight in weights.items()}
         self.hidden = [embed(self.spec.embedding, dense, torch.from_numpy(ids)[None]) for ids in self.windows]
+
+    @torch.inference_mode()
+    def head_in_float(self, read: Callable[[Iterable[TensorSpec]], dict[str, Tensor]]) -> InputStatistics:
+        """What enters the head of the float model, whose tensors `read` gives by name; of some of the windows.
+
+        A tied head is quantized with the embedding, before anything has gone through the blocks.
+        """
+        stride = max(1, sum(map(len, self.windows)) // HEAD_TOKENS)
+        table = read(self.spec.embedding.tensors())
+        hidden = [embed(self.spec.embedding, table, torch.from_numpy(ids)[None]) for ids in self.windows[::stride]]
+        del table
+        for block in self.spec.blocks:
+            floats = read(block.tensors())
+            for index, state in enumerate(hidden):
+                hidden[index] = block_forward(block, floats, state, self.tables.turn(block, 0, state.shape[1]))
+        norm = read(self.spec.final_norm.tensors())
+        inputs = (normalize(self.spec.final_norm, norm, state) for state in hidden)
+        return _moment(self.spec.head, inputs).statistics(self.spec.head.name)
 
     @torch.inference_mode()
     def look(self, block: Block, floats: Mapping[str, Tensor]) -> dict[str, InputSample]:
@@ -157,10 +207,11 @@ class Calibration:
         return {name: sampler.sample() for name, sampler in samplers.items()}
 
     @torch.inference_mode()
-    def block(self, block: Block, weights: Weights, quantize: QuantizeGroup) -> None:
+    def block(self, block: Block, weights: Weights, quantize: QuantizeGroup | None) -> None:
         """Have the linears of a block quantized, group by group, and go through it.
 
-        `weights` holds its norms, and what `quantize` puts there.
+        `weights` holds its norms, and what `quantize` puts there; all that the block has, if `quantize` is None, and
+        then the hidden states are the same to the last bit as behind the run that made them.
         """
         run = _BlockRun(weights)
         norms = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
@@ -173,7 +224,8 @@ class Calibration:
             self.hidden[index] = self.hidden[index] + (branch if post_norm is None else enter(post_norm, branch))
 
         def fit(linears: Sequence[Linear], inputs: Iterable[Tensor]) -> None:
-            quantize(linears, _moment(linears[0], inputs).statistics(linears[0].name))
+            if quantize is not None:
+                quantize(linears, _moment(linears[0], inputs).statistics(linears[0].name))
 
         fit(attention.inputs, (enter(block.attention_norm, hidden) for hidden in self.hidden))
         heads = []

@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmopt.artifact import write_json
+from llmopt.artifact import Journal, write_json
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
@@ -13,6 +13,7 @@ from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.calibration import Calibration, CalibrationText
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
+from llmopt.pipeline.journal import PartJournal
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.verify import References, Verification
 from llmopt.pipeline.windows import verification_windows
@@ -35,6 +36,7 @@ class Export:
     calibration: CalibrationText | None = None  # for a method that needs inputs
     folds: tuple[Fold, ...] = ()
     format: Format = ONNX
+    journal: Journal | None = None  # of a calibrated method: where finished parts are kept
 
     @property
     def spec(self) -> ModelSpec:
@@ -73,12 +75,16 @@ def write_parts(
     """Stream the model part by part: read, quantize, write, run the references, forget."""
     spec = job.spec
     layers: list[LayerResult] = []
+    journal = None
+    if job.journal is not None and calibration is not None:
+        journal = PartJournal(job.journal, job.assignments, calibration.windows, progress)
+        journal.announce(spec)
     with (
         closing(job.format.writer(spec, job.assignments, folder)) as writer,
         open_checkpoint(job.source) as checkpoint,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds)
+        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds, journal=journal)
         embedding = parts.embedding()
         references.embedding(writer.embedding(embedding.weights))
         layers += embedding.layers

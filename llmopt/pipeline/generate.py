@@ -55,10 +55,13 @@ def generate(request: GenerateRequest, progress: Progress) -> Iterator[str]:
         longest = longest_sequence(spec)
         if len(ids) >= longest:
             raise UsageError(f"the prompt has {len(ids)} tokens, and the model reads {longest}", hint="shorten it")
-        capacity = min(len(ids) + request.max_tokens, longest)
+        if (room := longest - len(ids)) < request.max_tokens:
+            progress.say(f"the model reads {longest} tokens: behind this prompt there is room for {room}")
         decoded, stops = tokenizer.stream(ids), stop_tokens(spec, generation)
-        for token in sample(engine, ids, capacity, request):
+        for number, token in enumerate(sample(engine, ids, len(ids) + min(room, request.max_tokens), request)):
             if token in stops:
+                if not number:
+                    progress.say("the model ended at once: it has nothing to say behind this prompt")
                 return
             yield decoded.push(token)
 
@@ -69,7 +72,7 @@ def open_engine(
     """An artifact in onnxruntime, a model in torch; with what its generation_config.json says."""
     if is_artifact(request.model):
         folder = Path(request.model)
-        require_onnx(load_manifest(folder), request.model)
+        require_onnx(load_manifest(folder, verify=True), request.model)
         config = read_object(folder / CONFIG)
         generation = folder / GENERATION_CONFIG
         said = read_object(generation) if generation.is_file() else {}

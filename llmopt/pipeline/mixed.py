@@ -19,7 +19,7 @@ from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import ModelSource
 from llmopt.model.spec import ModelSpec
-from llmopt.model.storage import quantized_bytes
+from llmopt.model.storage import float_bytes
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.calibration import CalibrationText
 from llmopt.pipeline.heldout import HeldOutLoss, measure_loss
@@ -27,7 +27,7 @@ from llmopt.pipeline.sensitivity import Losses, Sensitivity
 from llmopt.precision.allocate import Option
 from llmopt.precision.budget import Budget, PerplexityBudget, SizeBudget
 from llmopt.precision.explain import explain, plan_json
-from llmopt.precision.groups import CANDIDATES, Group, fused_groups
+from llmopt.precision.groups import Group
 from llmopt.precision.plan import LOG_PERPLEXITY_PER_KL, Correction, Plan, Problem, require_reachable, solve
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment, Override, matches
@@ -46,7 +46,9 @@ MARGIN = 1.02  # on a measured loss, that the next plan may keep to the bound
 
 # What each method leaves of the loss that the search is estimated to leave, measured on SmolLM2-135M; of a method that
 # is not here, all of it.
-LEFT_BY_METHOD: Mapping[str, float] = {"rtn": 1.35, "search": 1.0, "gptq": 0.55}
+LEFT_BY_METHOD: Mapping[str, float] = {"rtn": 1.35, "search": 1.0, "gptq": 0.4}
+# The same for a table that serves as the head; others have no inputs to be fitted to.
+LEFT_OF_TIED_TABLE: Mapping[str, float] = {"gptq": 0.3}
 
 
 class ExceededError(BudgetError):
@@ -144,8 +146,9 @@ class Mix:
         return Problem(groups=self.groups, options=options, overhead_bytes=overhead_bytes(self.spec))
 
     def _left(self, group: Group) -> float:
-        # A table has no inputs: it is rounded by the same method that its loss was estimated with.
-        return 1.0 if self.spec.embedding.name in group.layers else LEFT_BY_METHOD.get(self.method, 1.0)
+        if self.spec.embedding.name in group.layers:
+            return LEFT_OF_TIED_TABLE.get(self.method, 1.0) if self.spec.tied else 1.0
+        return LEFT_BY_METHOD.get(self.method, 1.0)
 
     def _windows(self, corpus: Corpus, tokenizer: Tokenizer, count: int) -> TokenWindows:
         length = min(WINDOW, longest_sequence(self.spec))
@@ -202,9 +205,7 @@ def planned(assignments: Mapping[str, Assignment], plan: Plan) -> dict[str, Assi
 
 def overhead_bytes(spec: ModelSpec) -> int:
     """What model files take beside the weights of linears and table: what stays float, and the graph."""
-    some = CANDIDATES[0]
-    weights = sum(group.stored_bytes(some) for group in fused_groups(spec, {}))
-    return quantized_bytes(spec, some) - weights + GRAPH_BYTES + BLOCK_BYTES * len(spec.blocks)
+    return float_bytes(spec) + GRAPH_BYTES + BLOCK_BYTES * len(spec.blocks)
 
 
 def even(text: TokenWindows, count: int) -> TokenWindows:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llmopt import demo
 from llmopt.calibrate.windows import TokenWindows
 from llmopt.model.tokenizer import Tokenizer
@@ -15,8 +17,9 @@ def oracle_note(windows: TokenWindows, settings: "BenchSettings", folder: Path) 
     """A sentence with the perplexity of the true distribution in this model's tokens; nothing for other text."""
     if settings.text is not None:
         return ()
-    count = max(1, 1 + int(max(cluster.max() for cluster in windows.cluster)))
-    documents = demo.documents("evaluation", count)
+    read = sorted(set(np.concatenate(windows.cluster).tolist()))
+    stories = demo.documents("evaluation", read[-1] + 1)
+    documents = [stories[number] for number in read]
     tokenizer = Tokenizer.from_folder(folder)
     tokens = sum(len(tokenizer.encode(document.text)) for document in documents)
     best = demo.oracle_perplexity(documents, tokens)

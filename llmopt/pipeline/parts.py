@@ -1,7 +1,6 @@
 """The model in parts, embedding first and head last: read, quantized, and handed on one at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -12,6 +11,7 @@ from llmopt.model.checkpoint import Checkpoint
 from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 from llmopt.pipeline.calibration import Calibration, Weights
 from llmopt.pipeline.folding import fold_block
+from llmopt.pipeline.journal import EMBEDDING, HEAD, Part, PartJournal, block_name
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import InputStatistics, Method
@@ -23,21 +23,21 @@ from llmopt.report.results import LayerResult
 
 # Weights in flight while a table is quantized: rounding holds a few temporaries of this size.
 CHUNK_WEIGHTS = 1 << 22
+EXACT_BITS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some tensors by their checkpoint names, linears as [out, in], and what became of each layer among them."""
-
-    weights: Weights
-    layers: list[LayerResult]
+def fits_table(spec: ModelSpec, scheme: Scheme | None, method: Method) -> bool:
+    """Whether a table is fitted to what enters the head that it serves as too; at 8 bits there is nothing to gain."""
+    return spec.tied and method.needs_inputs and scheme is not None and scheme.bits < EXACT_BITS
 
 
 class PartReader:
     """Reads a checkpoint part by part and quantizes what is assigned a scheme. `method` None quantizes nothing.
 
     A method that needs inputs gets them from the `calibration`, which the parts pass through; so do `folds`, which
-    scale the weights of a block before they are quantized. The table, which has no inputs, is rounded to nearest.
+    scale the weights of a block before they are quantized. A table is rounded to nearest, for it has no inputs; but one
+    that serves as the head is fitted to those of the head. Parts that a `journal` has are not made again; those that it
+    lacks are put there.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class PartReader:
         calibration: Calibration | None = None,
         *,
         folds: Sequence[Fold] = (),
+        journal: PartJournal | None = None,
     ) -> None:
         assert calibration is not None or not folds
         self.spec = spec
@@ -57,41 +58,76 @@ class PartReader:
         self.method = method
         self.calibration = calibration
         self.folds = folds
+        self.journal = journal
         self.folded: dict[str, Tensor] = {}  # of the block at hand; linears as [out, in]
         self.folds_of: dict[str, list[str]] = {}
 
     def embedding(self) -> Part:
         """The token table, and learned positions."""
-        embedding = self.spec.embedding
-        table, *others = embedding.tensors()
-        weight, layer = self._quantized(embedding.name, table, transposed=False)
-        weights: Weights = {table.name: weight, **self._read(others)}
+        part = self._kept(EMBEDDING, self._made_embedding)
         if self.calibration is not None:
-            self.calibration.embedding(weights)
-        return Part(weights, [layer])
+            self.calibration.embedding(part.weights)
+        return part
 
     def blocks(self) -> Iterator[Part]:
         """Each block."""
         for block in self.spec.blocks:
-            self._fold(block)
-            part = Part(self._read([tensor for norm in block.norms() for tensor in norm.tensors()]), [])
-            if self.calibration is None:
-                self._add(part, list(block.linears()), None)
-            else:
-                self.calibration.block(block, part.weights, partial(self._add, part))
-            yield part
+            yield self._kept(block_name(block.index), partial(self._made_block, block), partial(self._passed, block))
 
     def head(self, embedding: Part) -> Part:
         """The final norm and the head; a tied head takes the table out of the embedding's part."""
-        head, part = self.spec.head, Part(self._read(list(self.spec.final_norm.tensors())), [])
         if not self.spec.tied:
-            inputs = None if self.calibration is None else self.calibration.head(part.weights)
-            self._add(part, [head], inputs)
-            return part
+            return self._kept(HEAD, self._made_head)
+        head, part = self.spec.head, Part(self._read(list(self.spec.final_norm.tensors())), [])
         part.weights[head.weight.name] = table = embedding.weights[head.weight.name]
         part.weights.update(self._read(list(head.tensors())))
         shared = embedding.layers[0]
         part.layers.append(self._result(head.name, table, shared.relative_error, shared.method))
+        return part
+
+    def _inputs_of_tied_head(self) -> InputStatistics | None:
+        """What a table that serves as the head is fitted to."""
+        scheme = self.assignments[self.spec.embedding.name].scheme
+        if self.calibration is None or self.method is None or not fits_table(self.spec, scheme, self.method):
+            return None
+        return self.calibration.head_in_float(
+            lambda tensors: {tensor.name: self.checkpoint.read(tensor) for tensor in tensors}
+        )
+
+    def _kept(self, name: str, make: Callable[[], Part], replay: Callable[[Part], None] | None = None) -> Part:
+        """A part out of the journal, replayed, or else made and put there."""
+        part = None if self.journal is None else self.journal.read(name)
+        if part is None:
+            part = make()
+            if self.journal is not None:
+                self.journal.write(name, part)
+        elif replay is not None:
+            replay(part)
+        return part
+
+    def _passed(self, block: Block, part: Part) -> None:
+        if self.calibration is not None:
+            self.calibration.block(block, part.weights, None)
+
+    def _made_embedding(self) -> Part:
+        embedding = self.spec.embedding
+        table, *others = embedding.tensors()
+        weight, layer = self._quantized(embedding.name, table, transposed=False, inputs=self._inputs_of_tied_head())
+        return Part({table.name: weight, **self._read(others)}, [layer])
+
+    def _made_block(self, block: Block) -> Part:
+        self._fold(block)
+        part = Part(self._read([tensor for norm in block.norms() for tensor in norm.tensors()]), [])
+        if self.calibration is None:
+            self._add(part, list(block.linears()), None)
+        else:
+            self.calibration.block(block, part.weights, partial(self._add, part))
+        return part
+
+    def _made_head(self) -> Part:
+        part = Part(self._read(list(self.spec.final_norm.tensors())), [])
+        inputs = None if self.calibration is None else self.calibration.head(part.weights)
+        self._add(part, [self.spec.head], inputs)
         return part
 
     def _fold(self, block: Block) -> None:
@@ -151,24 +187,24 @@ class PartReader:
         return weight.T.contiguous() if transposed else weight
 
     def _quantized(
-        self, name: str, tensor: TensorSpec, *, transposed: bool
+        self, name: str, tensor: TensorSpec, *, transposed: bool, inputs: InputStatistics | None = None
     ) -> tuple[Tensor | QuantizedWeight, LayerResult]:
         scheme, method = self.assignments[name].scheme, self.method
         if method is None or scheme is None:
             plain = self._read_linear(tensor, transposed=transposed)
             return plain, self._result(name, plain, None, None)
-        if method.needs_inputs:  # which this one has none of
+        if method.needs_inputs and inputs is None:
             method = Rtn()
         if transposed or not method.rows_are_independent:
             weight = self._read_linear(tensor, transposed=transposed)
-            quantized = method.quantize(weight, scheme)
+            quantized = method.quantize(weight, scheme, inputs)
             return quantized, self._result(name, quantized, quantized.relative_error(weight), method.name)
         rows, columns = tensor.shape
         step = max(1, CHUNK_WEIGHTS // columns)
         chunks, error, norm = [], 0.0, 0.0
         for start in range(0, rows, step):
             weight = self.checkpoint.read_rows(tensor, start, min(rows, start + step))
-            chunks.append(method.quantize(weight, scheme))
+            chunks.append(method.quantize(weight, scheme, inputs))
             error += float((weight - chunks[-1].dequantize()).square().sum(dtype=torch.float64))
             norm += float(weight.square().sum(dtype=torch.float64))
         quantized = stack_rows(chunks)

@@ -10,10 +10,14 @@ from llmopt import __version__
 from llmopt.artifact import (
     MODEL_CARD,
     REPORT,
+    Journal,
     Manifest,
+    Resume,
     Source,
     check_destination,
     check_free_disk,
+    discard_journal,
+    journal,
     staged,
     write_json,
     write_manifest,
@@ -24,12 +28,13 @@ from llmopt.export.card import Card, card_text
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
-from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
+from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText, require_tokens
 from llmopt.pipeline.export import Export, export
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.heldout import HeldOutLoss
+from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.mixed import (
     ROUNDS,
     ExceededError,
@@ -41,6 +46,8 @@ from llmopt.pipeline.mixed import (
     planned,
     require_float_activations,
 )
+from llmopt.pipeline.parts import fits_table
+from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.budget import Budget, SizeBudget
 from llmopt.precision.groups import fused_groups
@@ -50,6 +57,7 @@ from llmopt.quantize.assign import Assignment, Override, assign
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
 from llmopt.quantize.registry import find_folds, find_method, looks_at_inputs
+from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme
 from llmopt.report.results import Candidate, LayerResult, Measurement, Report
 
@@ -79,6 +87,7 @@ class QuantizeRequest:
     seed: int = 0
     threads: int = 1
     force: bool = False
+    resume: Resume = Resume.IF_SAME  # the journal of a calibrated method that was stopped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +103,7 @@ class Prepared:
     calibration: CalibrationText | None
     mix: Mix | None = None  # for a request with a budget
     plan: Plan | None = None  # once it was made; the assignments are then its own
+    notes: tuple[str, ...] = ()  # about the model
 
     @property
     def estimated_bytes(self) -> int:
@@ -101,6 +111,22 @@ class Prepared:
         if self.plan is None and isinstance(self.request.budget, SizeBudget):
             return self.request.budget.model_bytes
         return self.format.estimated_bytes(self.source.spec, self.assignments)
+
+    def method_of(self, layer: str) -> str:
+        """What finds a layer's numbers; a table is never folded, and fitted only where it is the head too."""
+        spec = self.source.spec
+        if layer != spec.embedding.name and not (spec.tied and layer == spec.head.name):
+            return self.request.method
+        rounded = self.method.needs_inputs and not fits_table(spec, self.assignments[layer].scheme, self.method)
+        return Rtn.name if rounded else self.method.name
+
+    def require_room(self) -> None:
+        """See that what will be written fits on the disk.
+
+        Raises:
+            ResourceError: it does not.
+        """
+        check_free_disk(self.request.output.parent, self.estimated_bytes)
 
     def manifest(self) -> Manifest:
         """The manifest without its files; its key says whether an artifact is the one that this would write."""
@@ -134,10 +160,13 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     """Find the model and decide what each layer gets, without reading a weight.
 
     Raises:
-        LlmoptError: the model is not there or not supported, or a pattern is wrong.
+        LlmoptError: the model is not there, not supported, or lacks a tensor or its tokenizer; a pattern is wrong; or
+            there is too little text to calibrate on.
     """
+    refuse_artifact(request.model)
     format_, folds = find_format(request.format), find_folds(request.method)
     require_measurable(request)
+    require_journal(request)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
@@ -146,6 +175,10 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore, format_.tables)
     format_.check_layers(source.spec, assignments)
     calibration = calibration_text(request, method)
+    tokenizer = open_tokenizer(source)
+    if calibration is not None and looks_at_inputs(request.method):
+        require_tokens(source.spec, calibration.windows(source.spec, tokenizer))
+    note = unknown_tensors_note(source)
     mix = None
     if request.budget is not None:
         assert calibration is not None
@@ -171,6 +204,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
         assignments=assignments,
         calibration=calibration,
         mix=mix,
+        notes=() if note is None else (note,),
     )
 
 
@@ -185,6 +219,16 @@ def require_measurable(request: QuantizeRequest) -> None:
             f"a budget is for {ONNX.name}: its sizes are that format's, and what was lost is measured in onnxruntime",
             hint=f"leave --budget or --format {request.format} out",
         )
+
+
+def require_journal(request: QuantizeRequest) -> None:
+    """See that there can be something to go on from, where a request insists on it.
+
+    Raises:
+        UsageError: its method keeps no journal.
+    """
+    if request.resume is Resume.REQUIRED and not looks_at_inputs(request.method):
+        raise UsageError(f"method {request.method} takes seconds, and keeps no journal", hint="leave --resume out")
 
 
 def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationText | None:
@@ -217,18 +261,33 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
 
 
 def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
-    """Do what was prepared; under a budget, again with what was learnt, where an artifact was not within it."""
+    """Do what was prepared, from where an earlier run of the same was stopped.
+
+    Raises:
+        LlmoptError: see `quantize`.
+    """
+    request = prepared.request
+    if not looks_at_inputs(request.method):
+        discard_journal(request.output, progress)
+        return write_within_budget(prepared, None, progress)
+    key = journal_key(prepared.manifest(), request.threads)
+    with journal(request.output, key, request.resume, progress) as kept:
+        return write_within_budget(prepared, kept, progress)
+
+
+def write_within_budget(prepared: Prepared, kept: Journal | None, progress: Progress) -> QuantizeResult:
+    """Write an artifact; under a budget, again with what was learnt, where one was not within it."""
     if prepared.mix is None:
-        return write(prepared, progress)
+        return write(prepared, kept, progress)
     prepared = with_plan(prepared, progress)
     for _ in range(ROUNDS - 1):
         try:
-            return write(prepared, progress)
+            return write(prepared, kept, progress)
         except ExceededError as exceeded:
             assert prepared.plan is not None
             progress.say(f"{exceeded.what}: once more, with what was learnt")
             prepared = _planned(prepared, solve(prepared.plan.problem, prepared.plan.budget, exceeded.correction))
-    return write(prepared, progress)
+    return write(prepared, kept, progress)
 
 
 def with_plan(prepared: Prepared, progress: Progress) -> Prepared:
@@ -244,8 +303,8 @@ def _planned(prepared: Prepared, plan: Plan) -> Prepared:
     return dataclasses.replace(prepared, plan=plan, assignments=planned(prepared.assignments, plan))
 
 
-def write(prepared: Prepared, progress: Progress) -> QuantizeResult:
-    """Write an artifact with the schemes that are assigned.
+def write(prepared: Prepared, kept: Journal | None, progress: Progress) -> QuantizeResult:
+    """Write an artifact with the schemes that are assigned; finished parts are kept in a journal.
 
     Raises:
         LlmoptError: see `quantize`.
@@ -260,8 +319,9 @@ def write(prepared: Prepared, progress: Progress) -> QuantizeResult:
         calibration=prepared.calibration if looks_at_inputs(request.method) else None,
         folds=prepared.folds,
         format=prepared.format,
+        journal=kept,
     )
-    check_free_disk(request.output.parent, prepared.estimated_bytes)
+    prepared.require_room()
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
         loss = None
@@ -303,7 +363,7 @@ def describe(
         layers=layers,
     )
     settings: dict[str, Any] = {"verification": dataclasses.asdict(verification)}
-    notes = []
+    notes = list(prepared.notes)
     if prepared.calibration is not None:
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:

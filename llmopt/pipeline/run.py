@@ -7,12 +7,13 @@ from llmopt.artifact import REPORT, load_manifest, write_json
 from llmopt.errors import ArtifactError, ExitCode, UsageError
 from llmopt.measure.latency import LatencySettings
 from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
+from llmopt.pipeline.bench_checks import check_lengths
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.quantize import Prepared, QuantizeRequest, execute, prepare
 from llmopt.precision.budget import parse_budget
 from llmopt.progress import Progress
 from llmopt.quantize.scheme import parse_scheme
-from llmopt.recipe import QuantizeStep, Recipe
+from llmopt.recipe import BenchStep, QuantizeStep, Recipe
 from llmopt.report.gates import exit_code, judge, parse_gate
 from llmopt.report.results import GateResult, Report
 
@@ -42,7 +43,11 @@ def plan(recipe: Recipe, options: RunOptions, progress: Progress) -> list[Prepar
         LlmoptError: a step cannot be done.
     """
     require_benchable(recipe)
-    return [prepare(_request(recipe, step.quantize, options), progress) for step in recipe.steps]
+    prepared = [prepare(_request(recipe, step.quantize, options), progress) for step in recipe.steps]
+    if recipe.bench is not None:
+        settings = _bench_settings(recipe.bench, options)
+        check_lengths(recipe.model, prepared[0].source.spec, settings)
+    return prepared
 
 
 def run(recipe: Recipe, options: RunOptions, progress: Progress) -> RunResult:
@@ -93,18 +98,17 @@ def is_done(step: Prepared, *, force: bool) -> bool:
     if not output.exists():
         return False
     try:
-        if load_manifest(output, verify=True).key == step.manifest().key:
-            return True
+        found, wanted = load_manifest(output, verify=True), step.manifest()
     except ArtifactError:
         if not force:
             raise
+        return False
+    if found.key == wanted.key:
+        return True
     if force:
         return False
-    raise ArtifactError(
-        "an artifact of another recipe, model or version stands where this step writes",
-        where=str(output),
-        hint="--force replaces it",
-    )
+    what = f"an artifact stands where this step writes, and was made from something else: {found.differs(wanted)}"
+    raise ArtifactError(what, where=str(output), hint="--force replaces it")
 
 
 def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> QuantizeRequest:
@@ -127,17 +131,20 @@ def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> Quantiz
 
 def _bench_request(recipe: Recipe, artifacts: tuple[Path, ...], options: RunOptions) -> BenchRequest:
     assert recipe.bench is not None
-    asked = recipe.bench
-    latency = LatencySettings(
-        threads=options.threads, prompt_tokens=asked.prompt, output_tokens=asked.output, rounds=asked.rounds
-    )
     return BenchRequest(
         candidates=tuple(map(str, artifacts)),
         baseline=recipe.model,
-        settings=BenchSettings(text=asked.text, tokens=asked.tokens, window=asked.window, latency=latency),
+        settings=_bench_settings(recipe.bench, options),
         seed=options.seed,
         threads=options.threads,
     )
+
+
+def _bench_settings(asked: BenchStep, options: RunOptions) -> BenchSettings:
+    latency = LatencySettings(
+        threads=options.threads, prompt_tokens=asked.prompt, output_tokens=asked.output, rounds=asked.rounds
+    )
+    return BenchSettings(text=asked.text, tokens=asked.tokens, window=asked.window, latency=latency)
 
 
 def _judged(expression: str, candidate: str | None, report: Report) -> tuple[GateResult, ...]:

@@ -11,7 +11,10 @@ from llmopt.quantize.weights import QuantizedWeight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputStatistics:
-    """What calibration saw enter a linear: the number of tokens and their second moment, Σ x xᵀ / tokens, [in, in]."""
+    """What calibration saw enter a linear: the number of tokens and their second moment, Σ x xᵀ / tokens, [in, in].
+
+    A token far larger than the others may have been scaled down, so that it is not all that the sum is made of.
+    """
 
     tokens: int
     second_moment_II: Tensor

@@ -14,6 +14,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from llmopt.errors import RecipeError
+from llmopt.words import counted
 
 Keys = tuple[str | int, ...]
 
@@ -138,7 +139,8 @@ def _entry(value: Any, part: str, keys: Keys, place: Place) -> str | int:
     if isinstance(value, list):
         if part.isdecimal() and int(part) < len(value):
             return int(part)
-        raise RecipeError(f"{name!r} has {len(value)} entries, from 0 on, and none is {part!r}", where=place.label)
+        entries = f"{counted(len(value), 'entry', 'entries')}, counted from 0"
+        raise RecipeError(f"{name!r} has {entries}, and none is {part!r}", where=place.label)
     raise RecipeError(f"{name!r} is {value!r}, which has no entry {part!r}", where=place.label)
 
 

@@ -128,7 +128,7 @@ class BenchStep(_Section):
     text: Annotated[Path | None, Field(strict=False)] = None
     """Text to measure accuracy on: a file, relative to the recipe. null: the text that comes with llmopt."""
     tokens: Count = 8192
-    """How much of the text is read, in tokens."""
+    """How much of the text is read, in tokens, spread evenly over it."""
     window: Annotated[int, Field(ge=2)] = 512
     """Tokens that the model sees at once."""
     prompt: Count = 128

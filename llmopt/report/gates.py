@@ -106,6 +106,9 @@ def _bound(metric: str, match: re.Match[str], text: str) -> tuple[Against, float
         )
     if unit == "%" and metric in SHARES:
         return "value", number / 100
+    if not unit and metric in SHARES and number > 1:
+        hint = f"write {number:g}%" if number <= 100 else "a share lies between 0 and 1, or 0% and 100%"
+        raise UsageError(f"{metric} is a share, which is at most 1", where=text, hint=hint)
     if unit == "%":
         raise UsageError(
             "a percentage without a sign",

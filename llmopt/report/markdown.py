@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from llmopt.report.layers import COLUMNS as LAYER_COLUMNS
 from llmopt.report.layers import layer_rows
 from llmopt.report.results import METRICS, GateResult, LayerResult, Report
-from llmopt.report.rows import COLUMNS, GATE_COLUMNS, comparison, gate_rows, unmeasured
+from llmopt.report.rows import COLUMNS, GATE_COLUMNS, comparison, gate_rows, measured_on, unmeasured
 
 
 def escape(text: str) -> str:
@@ -50,6 +50,8 @@ def gate_table(gates: Sequence[GateResult]) -> str:
 def as_markdown(report: Report) -> str:
     """The whole report."""
     parts = ["# llmopt report", comparison_table(report)]
+    if text := measured_on(report):
+        parts.append(f"{escape(text[:1].upper() + text[1:])}.")
     if missing := unmeasured(report):
         parts.append(f"Not measured: {', '.join(map(code, missing))}.")
     if report.gates:

@@ -12,11 +12,12 @@ from rich.text import Text
 from llmopt.report.layers import COLUMNS as LAYER_COLUMNS
 from llmopt.report.layers import layer_rows
 from llmopt.report.results import LayerResult, Report
-from llmopt.report.rows import COLUMNS, GATE_COLUMNS, MetricRows, comparison, gate_rows, unmeasured
+from llmopt.report.rows import COLUMNS, GATE_COLUMNS, MetricRows, comparison, gate_rows, measured_on, unmeasured
 
 # Only a rule under the head, drawn with what every stream can show.
 HEAD_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 GAP = 3  # blanks between columns
+NAME_PREFIX = "model."
 READABLE = 20  # the least width of a column of sentences
 # For streams that cannot show them, such as a Windows pipe in code page 1252 or a C locale.
 PLAIN_GLYPHS = {"—": "-", "–": "-", "±": "+/-", "×": "x", "…": "..."}
@@ -34,6 +35,8 @@ def as_json(report: Report) -> str:
 def print_report(report: Report, console: Console) -> None:
     """Everything but the layers, in words and numbers; colour is never the only sign of anything."""
     _print_comparison(list(comparison(report)), console)
+    if text := measured_on(report):
+        _print_line(text, console)
     if missing := unmeasured(report):
         _print_line(f"not measured: {', '.join(missing)}", console)
     if report.gates:
@@ -45,8 +48,21 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def print_layers(layers: Iterable[LayerResult], console: Console) -> None:
-    """What every layer got, equal blocks on one line."""
-    _print_rows(LAYER_COLUMNS, layer_rows(layers), console)
+    """What every layer got, equal blocks on one line.
+
+    On a narrow console names lose the prefix that most have in common, which patterns need not have either, and reasons
+    stand below: a name that is broken in the middle cannot be read.
+    """
+    rows = layer_rows(layers)
+    widths = [max(map(len, column)) for column in zip(LAYER_COLUMNS, *rows, strict=True)]
+    if sum(widths[:-1]) + GAP * len(widths) + READABLE <= console.width:
+        _print_rows(LAYER_COLUMNS, rows, console)
+        return
+    short = [(name.removeprefix(NAME_PREFIX), *cells) for name, *cells in rows]
+    _print_rows(LAYER_COLUMNS[:-1], [row[:-1] for row in short], console)
+    for name, *_, reason in short:
+        if reason:
+            _print_line(f"{name}: {reason}", console)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:

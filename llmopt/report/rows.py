@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from llmopt.report import numbers
 from llmopt.report.gates import parse_gate
 from llmopt.report.results import METRICS, Candidate, Delta, GateResult, Measurement, Report, Subject
+from llmopt.words import counted
 
 TITLES = {
     "size_bytes": "size on disk",
@@ -41,6 +42,15 @@ def comparison(report: Report, metrics: Collection[str] = frozenset(METRICS)) ->
 def unmeasured(report: Report) -> list[str]:
     """Names of the metrics that no model has."""
     return [metric for metric in METRICS if not _measured(report, metric)]
+
+
+def measured_on(report: Report) -> str | None:
+    """What accuracy was measured on: how many tokens, and how many documents, which are what intervals come from."""
+    text = report.settings.get("fidelity")
+    if text is None:
+        return None
+    counts = f"{counted(text['tokens'], 'token')} of {counted(text['clusters'], text['clustered_by'])}"
+    return f"accuracy on {text['text']}: {counts}"
 
 
 def gate_rows(gates: Sequence[GateResult]) -> list[tuple[str, ...]]:

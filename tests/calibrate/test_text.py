@@ -86,6 +86,7 @@ def test_a_bad_line_of_json_is_named(tmp_path, line, what):
         ("a.txt", " \n---\n\n", "no text"),
         ("a.jsonl", '{"text": ""}\n', "no text"),
         ("a.pdf", "text", "unknown format"),
+        ("a.txt", b"\x00\xff", "zero bytes"),
     ],
 )
 def test_a_file_without_text_is_refused_with_a_way_out(tmp_path, name, content, what):
@@ -104,8 +105,9 @@ def test_text_that_is_not_utf8_is_refused_at_its_line(tmp_path):
 
 
 def test_a_missing_file_is_a_wrong_command_line(tmp_path):
-    with pytest.raises(UsageError, match="cannot be read: No such file"):
+    with pytest.raises(UsageError, match="cannot be read: No such file") as caught:
         load_documents(tmp_path / "none.txt")
+    assert "check the path" in caught.value.hint
 
 
 def test_the_built_in_text_to_evaluate_on_is_not_the_one_to_calibrate_on():

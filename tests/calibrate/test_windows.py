@@ -60,6 +60,29 @@ def test_the_limit_counts_tokens_of_text_and_spares_the_rest_of_it():
     assert tokenizer.seen == ["abc", "defg"]
 
 
+def test_spread_windows_lie_at_even_distances_all_through_the_text():
+    documents = tuple(chr(ord("a") + number) * 4 for number in range(10))
+    cut = windows(Corpus("ten", documents), Letters(), window=4, limit_tokens=14, spread=True)
+    assert listed(cut.ids) == [[0] * 4, [2] * 4, [5] * 4, [7] * 2]
+    assert listed(cut.cluster) == listed(cut.ids)
+
+
+@pytest.mark.parametrize("bos_id", [None, 0])
+@pytest.mark.parametrize("limit", range(2, 14))
+def test_spread_windows_hold_what_was_asked_for_and_never_the_same_text_twice(bos_id, limit):
+    corpus = Corpus("letters", ("bcdefg", "hijkl", "m"))
+    cut = windows(corpus, Letters(bos_id=bos_id), window=4, limit_tokens=limit, spread=True)
+    text = [token for ids in cut.ids for token in ids.tolist() if token]
+    assert text == sorted(set(text))
+    assert min(limit, 12) - 1 <= len(text) <= limit
+    assert all(2 <= len(ids) <= 4 for ids in cut.ids)
+
+
+def test_text_that_is_no_longer_than_the_limit_is_read_whole():
+    cut = windows(THREE, Letters(), window=4, limit_tokens=10, spread=True)
+    assert listed(cut.ids) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
 def test_the_hash_is_that_of_tokens_and_windows():
     digests = [
         windows(THREE, Letters(), window=4).sha256,

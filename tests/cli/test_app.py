@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 import llmopt
 
@@ -54,6 +55,13 @@ def test_help_names_the_commands(llmopt_):
     assert done.returncode == 0
     assert "inspect" in done.stdout
     assert done.stderr == ""
+
+
+def test_the_name_alone_prints_the_help_with_whole_sentences(llmopt_):
+    done = llmopt_()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  bench     Measure accuracy, latency, memory and size against a baseline.\n" in done.stdout
+    assert "..." not in done.stdout.replace("[ARGS]...", "")
 
 
 def test_the_version_is_that_of_the_package(llmopt_):
@@ -109,7 +117,9 @@ def test_a_good_recipe_is_shown_with_its_defaults(llmopt_, recipe):
     assert content["schema"] == "llmopt.recipe/1"
     assert content["seed"] == 4
     assert content["steps"][0]["quantize"]["method"] == "rtn"
-    assert llmopt_("recipe", "check", recipe()).stdout == "r.yaml: demo to int8, 0 gates\n"
+    text = llmopt_("recipe", "check", recipe(), "--set", "seed=4").stdout
+    assert text.startswith("# r.yaml: demo to int8, 0 gates\n")
+    assert yaml.safe_load(text) == content
 
 
 def test_a_bad_recipe_ends_with_2_and_names_the_line(llmopt_, recipe):

@@ -1,4 +1,8 @@
+import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.table import Table
@@ -41,6 +45,23 @@ def test_remarks_go_to_standard_error(capsys):
     Console().progress.say("[look]")
     out, err = capsys.readouterr()
     assert (out, err) == ("", "[look]\n")
+
+
+def test_a_stream_that_knows_few_characters_gets_question_marks(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    Console().result({}, "2 × 3 – good")
+    assert raw.getvalue() == b"2 ? 3 ? good\n"
+
+
+def test_a_stream_that_cannot_be_written_is_told_from_a_full_disk():
+    program = "from llmopt.cli.console import Console; Console().result({}, 'text')"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ended.returncode == 1  # and not 120, which is what a flush that fails at exit gives
+    assert "LlmoptError: standard output could not be written: No space left on device" in ended.stderr
 
 
 @pytest.mark.parametrize("json", [True, False])

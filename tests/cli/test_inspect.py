@@ -90,6 +90,7 @@ def test_json_is_one_object_with_everything(model: str, capsys: pytest.CaptureFi
         "w8a8-channel-sym",
         "w4a16-g32-asym",
     ]
+    assert {entry["tables"] for entry in result["predicted_sizes"]} == {"w8a16-g64-sym"}
 
 
 def test_costs_are_given_at_the_context_asked_for(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +133,16 @@ def test_an_unsupported_model_fails_without_output(tmp_path: Path, capsys: pytes
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "num_local_experts = 8" in captured.err
+
+
+def test_sizes_are_those_that_quantize_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmopt.pipeline.quantize import QuantizeRequest, quantize
+    from llmopt.quantize.scheme import parse_scheme
+
+    predicted = {entry["scheme"]: entry["size_bytes"] for entry in as_json(capsys, "demo")["predicted_sizes"]}
+    scheme = parse_scheme("w4a16")
+    quantize(QuantizeRequest(model="demo", output=tmp_path / "out", scheme=scheme))
+    assert predicted[scheme.name] == pytest.approx((tmp_path / "out/model.onnx.data").stat().st_size, rel=0.001)
 
 
 def test_neither_torch_nor_transformers_is_imported(model: str) -> None:

@@ -50,13 +50,15 @@ def test_a_command_ends_with_the_code_that_it_returns(run_raising, code):
         (errors.BudgetError, 3),
         (errors.VerificationError, 3),
         (errors.ResourceError, 3),
+        (errors.Interrupted, 130),
     ],
 )
 def test_our_errors_have_three_parts_and_their_exit_code(run_raising, capsys, error, code):
     assert run_raising(error("it [broke]", where="a/b.py:3", hint="mend it")) == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "error: it [broke]\n  in: a/b.py:3\n  try: mend it\n"
+    word = "interrupted" if error is errors.Interrupted else "error"
+    assert err == f"{word}: it [broke]\n  in: a/b.py:3\n  try: mend it\n"
 
 
 def test_every_error_class_is_tested_above():

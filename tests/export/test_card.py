@@ -82,7 +82,7 @@ def test_accuracy_and_size_are_in_the_table_and_nothing_that_a_clock_or_a_machin
     text = card()
     assert "| size on disk | baseline | — |" in text
     assert "|  | this model | 33.50 | [32.60, 34.40] | +16.7 % | [+16.0, +17.5] | ±0 % | 0.80 % |" in text
-    assert "283287 tokens in 62 clusters, one a document" in text
+    assert "283,287 tokens of 62 documents" in text
     for word in ("7.778", "555.5", "memory", "token,", "per output token"):
         assert word not in text
 

@@ -142,6 +142,28 @@ def test_a_single_document_has_no_interval_and_says_so():
     assert "one document" in outcome.notes[0]
 
 
+def test_a_few_documents_are_named_and_enough_of_them_are_not():
+    engine, many = TableEngine(random_table(0)), random_windows(documents=10)
+    for documents in (2, 9):
+        (note,) = compare(engine, [engine], random_windows(documents=documents), 0, Silent()).notes
+        assert note.startswith(f"the tokens come from {documents} documents only")
+        assert note.endswith("read more tokens, or a text of more documents")
+    by_window = Windows(ids=many.ids[:2], cluster=many.cluster[:2], clustered_by="window")
+    assert compare(engine, [engine], by_window, 0, Silent()).notes[0].endswith("wide: read more tokens")
+    assert compare(engine, [engine], many, 0, Silent()).notes == ()
+
+
+def test_intervals_of_two_documents_stay_within_what_the_metrics_can_be():
+    table = random_table(0)
+    engines = TableEngine(table), TableEngine(table + random_table(1))
+    (side,) = compare(engines[0], [engines[1]], random_windows(documents=2), 0, Silent()).candidates
+    perplexity, agree = side.metrics["perplexity"], side.metrics["top1_agreement"]
+    assert 0 < perplexity.low < perplexity.value < perplexity.high
+    assert 0 <= agree.low < agree.value < agree.high <= 1
+    assert 0 <= side.metrics["kl_divergence"].low < side.metrics["kl_divergence"].value
+    assert -1 < side.deltas["perplexity"].low < side.deltas["perplexity"].relative
+
+
 def test_no_disagreement_among_few_tokens_does_not_prove_that_there_is_none():
     engine = TableEngine(random_table(0))
     (side,) = compare(engine, [engine], random_windows(), 0, Silent()).candidates

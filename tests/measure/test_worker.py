@@ -45,6 +45,17 @@ def test_an_artifact_that_does_not_open_is_an_exit_code_and_a_reason(capsys):
     assert "no model.onnx" in capsys.readouterr().err
 
 
+def test_what_nobody_foresaw_is_a_line_and_a_traceback_only_for_those_who_want_one(capsys, monkeypatch):
+    def break_(path, threads):
+        raise RuntimeError("Got invalid dimensions")
+
+    assert run(break_) == (3, "")
+    assert capsys.readouterr().err == "RuntimeError: Got invalid dimensions\n"
+    monkeypatch.setenv("LLMOPT_DEBUG", "1")
+    run(break_)
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_the_worker_imports_neither_torch_nor_transformers():
     code = (
         "import sys, llmopt.measure.worker, llmopt.engine.ort;"

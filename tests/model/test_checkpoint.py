@@ -125,12 +125,14 @@ def test_what_the_model_does_not_need_is_listed(folder: Path, weights: Weights) 
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "mask": torch.ones(2, dtype=torch.bool)}
     with open_checkpoint(saved(folder, weights | buffers)) as opened:
         assert opened.ignored == ("mask", "model.layers.0.self_attn.rotary_emb.inv_freq")
+        assert opened.unknown == ("mask",)
 
 
 def test_a_tied_head_may_be_stored_once_more(folder: Path, weights: Weights) -> None:
     source = saved(folder, weights, tie_word_embeddings=True)
     with open_checkpoint(source) as opened:
         assert opened.ignored == ("lm_head.weight",)
+        assert opened.unknown == ()
         assert torch.equal(opened.read(source.spec.head.weight), weights[EMBEDDING.name])
 
 

@@ -9,7 +9,7 @@ from llmopt.errors import UnsupportedError
 from llmopt.model import cost, parallel, storage
 from llmopt.model.families import spec_from_config
 from llmopt.model.spec import ModelSpec
-from llmopt.quantize.scheme import parse_scheme
+from llmopt.quantize.scheme import Scheme, parse_scheme
 
 SMALL: dict[str, Any] = {
     "model_type": "llama",
@@ -38,6 +38,10 @@ MLP = 3 * 8 * 12
 
 def spec_of(**changes: Any) -> ModelSpec:
     return spec_from_config({**SMALL, **changes})
+
+
+def everywhere(spec: ModelSpec, scheme: Scheme) -> dict[str, Scheme | None]:
+    return dict.fromkeys([spec.embedding.name, *(linear.name for linear in spec.linears())], scheme)
 
 
 def windowed(window: int) -> ModelSpec:
@@ -178,13 +182,25 @@ def test_a_quantized_model_keeps_norms_and_rotary_tables_in_float32() -> None:
         for linear in block.linears()
     )
     table = storage.stored_bytes(100, 8, scheme)
-    assert storage.quantized_bytes(spec, scheme) == weights + table + 4 * (5 * 8 + 64 * 2)
+    assert storage.quantized_bytes(spec, everywhere(spec, scheme)) == weights + table + 4 * (5 * 8 + 64 * 2)
 
 
 def test_an_untied_head_is_stored_beside_the_table() -> None:
     scheme = parse_scheme("w4a16")
-    tied, untied = (storage.quantized_bytes(spec_of(tie_word_embeddings=flag), scheme) for flag in (True, False))
+    specs = [spec_of(tie_word_embeddings=tied) for tied in (True, False)]
+    tied, untied = (storage.quantized_bytes(spec, everywhere(spec, scheme)) for spec in specs)
     assert untied - tied == storage.stored_bytes(100, 8, scheme)
+
+
+def test_each_weight_is_stored_on_its_own_grid_or_in_float32() -> None:
+    spec, scheme = spec_of(tie_word_embeddings=True), parse_scheme("w4a16")
+    whole = everywhere(spec, scheme)
+    table, tail = storage.stored_bytes(100, 8, scheme), storage.quantized_bytes(spec, whole)
+    eight = parse_scheme("w8a16")
+    finer = storage.quantized_bytes(spec, whole | {"model.embed_tokens": eight, "lm_head": eight})
+    assert finer - tail == storage.stored_bytes(100, 8, eight) - table
+    left_alone = storage.quantized_bytes(spec, whole | {"model.embed_tokens": None, "lm_head": None})
+    assert left_alone - tail == 4 * 100 * 8 - table
 
 
 def test_a_405b_model_answers_in_under_a_second() -> None:

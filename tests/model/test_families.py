@@ -376,6 +376,10 @@ def test_a_number_that_no_model_has_is_refused_at_once(key: str, value: int) -> 
 
 
 def test_an_unknown_family_is_told_the_nearest_and_the_known_ones() -> None:
+    with pytest.raises(UnsupportedError) as far:
+        spec_from_config({"model_type": "mamba"})
+    assert far.value.hint is not None
+    assert far.value.hint.startswith("known here: gemma3")
     with pytest.raises(UnsupportedError, match=r"did you mean 'qwen2'\? known here: gemma3"):
         spec_from_config({"model_type": "qwen22"})
 

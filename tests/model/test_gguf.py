@@ -1,5 +1,6 @@
 """A GGUF file is read as the Hugging Face checkpoint that it was made from: same config, same tensors."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from llmopt.cli.app import app
+from llmopt.cli.outcome import run
 from llmopt.errors import ModelError, UnsupportedError
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.families import spec_from_config
@@ -201,6 +204,19 @@ def test_block_types_are_read_as_gguf_reads_them(tmp_path: Path, kind: Kind) -> 
         assert np.array_equal(opened.read_rows(stored_embedding, 7, 31).numpy(), embedding[7:31])
 
 
+def test_inspect_tells_what_a_file_is_stored_as(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tensors = gguf_tensors("llama")
+    quantized = {name: Kind.Q8_0 for name, tensor in tensors.items() if name.startswith("blk") and tensor.ndim == 2}
+    path = write(tmp_path / "x.gguf", "llama", metadata("llama"), tensors, quantized)
+    assert run(app, ["inspect", str(path), "--json"]) == 0
+    stored = json.loads(capfd.readouterr().out)["stored_bytes"]
+    assert stored["Q8_0"] == sum(tensors[name].size for name in quantized) * 34 // 32
+    assert stored["F32"] == 4 * sum(tensor.size for name, tensor in tensors.items() if name not in quantized)
+    assert run(app, ["inspect", str(path)]) == 0
+    assert "parameters stored as " in (out := capfd.readouterr().out)
+    assert "Q8_0 (" in out
+
+
 def test_rows_of_a_converted_tensor_are_rows_of_the_original(llama: Path) -> None:
     source = open_source(str(llama))
     q_proj = source.spec.blocks[0].attention.inputs[0].weight
@@ -260,6 +276,7 @@ def test_llama3_scaling_is_recovered_from_its_table(tmp_path: Path) -> None:
     assert dict(rotary.scaling) == expected | {"rope_type": "llama3", "original_max_position_embeddings": 8192}
     with open_checkpoint(source) as opened:
         assert opened.ignored == ("rope_freqs.weight",)
+        assert opened.unknown == ()
 
 
 def test_a_table_that_follows_no_known_rule_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from llmopt.calibrate.text import Corpus
 from llmopt.engine.blocks import RotaryTables, block_forward, embed, normalize
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.spec import Linear, ModelSpec
-from llmopt.pipeline.calibration import Calibration, CalibrationText
+from llmopt.pipeline.calibration import Calibration, CalibrationText, Moment
 from llmopt.pipeline.parts import PartReader
 from llmopt.quantize.execute import quantized_apply
 from llmopt.quantize.gptq import Gptq
@@ -63,8 +63,13 @@ def recorded_inputs(spec: ModelSpec, scheme: str) -> tuple[dict[str, Tensor], di
     }
     hidden = [embed(spec.embedding, dense, torch.from_numpy(ids)[None]) for ids in WINDOWS]
 
+    limits: dict[str, float] = {}
+
     def see(linear: Linear, x: Tensor) -> None:
-        flat = x.flatten(0, -2)
+        rows = x.flatten(0, -2)
+        squares = [float(row @ row) for row in rows]
+        limit = limits.setdefault(linear.name, sorted(squares)[(len(squares) - 1) // 2])
+        flat = torch.stack([row * min(1, limit / square) ** 0.5 for row, square in zip(rows, squares, strict=True)])
         found[linear.name] = found.get(linear.name, torch.zeros(())) + flat.T @ flat
 
     for block, part in zip(spec.blocks, blocks, strict=True):
@@ -84,7 +89,8 @@ def recorded_inputs(spec: ModelSpec, scheme: str) -> tuple[dict[str, Tensor], di
     for block in spec.blocks:
         groups += [block.attention.inputs, [block.attention.output], block.mlp.inputs, [block.mlp.down]]
     groups += [] if spec.tied else [[spec.head]]
-    seen = [inputs for _, inputs in method.seen]  # type: ignore[attr-defined]
+    # A tied table of 4 bits is fitted before all others.
+    seen = [inputs for _, inputs in method.seen][-len(groups) :]  # type: ignore[attr-defined]
     given = {linear.name: inputs for group, inputs in zip(groups, seen, strict=True) for linear in group}
     return {name: moment / sum(map(len, WINDOWS)) for name, moment in found.items()}, given
 
@@ -100,14 +106,59 @@ def test_each_linear_is_fitted_to_the_inputs_that_it_will_have(family: str, sche
         assert error < (1e-4 if scheme == "w4a16" else 0.02), name
 
 
+def test_a_massive_token_counts_no_more_than_a_typical_one() -> None:
+    tokens_NI = torch.randn((64, 8), generator=torch.Generator().manual_seed(0))
+    plain, massive = Moment(8), Moment(8)
+    plain.add(tokens_NI)
+    tokens_NI[0] *= 1000
+    massive.add(tokens_NI)
+    expected, found = (moment.statistics("o_proj").second_moment_II for moment in (plain, massive))
+    assert torch.linalg.norm(found - expected) < 0.1 * torch.linalg.norm(expected)
+
+
+def test_tokens_without_inputs_are_no_trouble() -> None:
+    moment = Moment(8)
+    moment.add(torch.zeros((3, 8)))
+    moment.add(torch.ones((1, 8)))
+    assert torch.allclose(moment.statistics("o_proj").second_moment_II, torch.full((8, 8), 0.25))
+
+
 def test_layers_that_calibration_cannot_reach_say_how_they_were_rounded() -> None:
     spec = spec_of(CASES[case_named("llama")])
     reader = PartReader(
         spec, random_weights(spec), assignments(spec, lambda name: "w4a16"), Gptq(), Calibration(spec, WINDOWS)
     )
     embedding = reader.embedding()
+    assert not spec.tied
     assert embedding.layers[0].method == "rtn"
     assert {layer.method for part in reader.blocks() for layer in part.layers} == {"gptq"}
+
+
+def test_a_table_that_serves_as_the_head_is_fitted_to_what_enters_the_head() -> None:
+    spec = spec_of(CASES["llama, tied, wide heads"])
+    assert spec.tied
+    saved, method = random_weights(spec), Recording()
+    reader = PartReader(
+        spec,
+        saved,  # type: ignore[arg-type]
+        assignments(spec, lambda name: "w4a16"),
+        method,
+        Calibration(spec, WINDOWS),
+    )
+    embedding = reader.embedding()
+    (_, inputs) = method.seen[0]  # type: ignore[attr-defined]
+    floats = {tensor.name: saved.read(tensor) for tensor in spec.tensors()}
+    moment = Moment(spec.head.in_features)
+    tables = RotaryTables(spec, 40)
+    for ids in WINDOWS:
+        state = embed(spec.embedding, floats, torch.from_numpy(ids)[None])
+        for block in spec.blocks:
+            state = block_forward(block, floats, state, tables.turn(block, 0, state.shape[1]))
+        moment.add(normalize(spec.final_norm, floats, state))
+    expected = moment.statistics("lm_head").second_moment_II
+    assert torch.allclose(inputs.second_moment_II, expected, rtol=1e-4, atol=1e-5)
+    assert embedding.layers[0].method == "gptq"
+    assert reader.head(embedding).layers[0].method == "gptq"
 
 
 def test_fewer_tokens_than_inputs_are_refused_before_anything_is_read() -> None:

@@ -67,6 +67,8 @@ def test_a_gate_is_read(expr, against, bound):
         ("perplexity <= 30ms", "use a plain number"),
         ("kl_divergence <= +1%", "itself a comparison"),
         ("top1_agreement >= 0.9x", "itself a comparison"),
+        ("top1_agreement >= 98", "write 98%"),
+        ("top1_agreement >= 101", "a share lies between 0 and 1"),
     ],
 )
 def test_what_is_no_gate_is_a_usage_error_that_says_what_would_be(expr, message):

@@ -75,6 +75,34 @@ def test_what_one_model_lacks_is_a_dash_and_what_all_lack_is_named_below(report)
     assert "time to first token" not in text
 
 
+def test_below_the_table_stands_how_many_tokens_and_documents_accuracy_comes_from(report):
+    text = {"text": "wiki_test.txt", "tokens": 8176, "clusters": 1, "clustered_by": "document"}
+    measured_on = replace(report, settings={"fidelity": text})
+    assert "\naccuracy on wiki_test.txt: 8,176 tokens of 1 document\n" in printed(measured_on)
+    assert "\nAccuracy on wiki\\_test.txt: 8,176 tokens of 1 document.\n" in as_markdown(measured_on)
+    assert "accuracy on" not in printed(report)
+
+
+def test_names_of_layers_are_whole_on_eighty_columns_and_reasons_stand_below():
+    layers = [
+        LayerResult(name="model.embed_tokens", scheme="w8a16-g64-sym", method="rtn", reason="tables keep 8 bits"),
+        *(
+            LayerResult(
+                name=f"model.layers.{index}.self_attn.q_proj",
+                scheme="w4a16-g128-asym",
+                method="search",
+                relative_error=0.07 + index / 1000,
+            )
+            for index in range(30)
+        ),
+    ]
+    wide = printed(layers, width=120, show=print_layers).splitlines()
+    narrow = printed(layers, width=80, show=print_layers).splitlines()
+    assert " ".join(wide[2].split()) == "model.embed_tokens w8a16-g64-sym rtn — tables keep 8 bits"
+    assert " ".join(narrow[3].split()) == "layers.{0..29}.self_attn.q_proj w4a16-g128-asym search 0.0700 – 0.0990"
+    assert narrow[4:] == ["embed_tokens: tables keep 8 bits"]
+
+
 def test_verdicts_and_what_was_compared_stand_beside_each_gate(report):
     text = printed(report)
     assert lines_with(text, "pass") == ["pass perplexity <= +1% w8a16 +0.030 % [+0.010, +0.050]"]

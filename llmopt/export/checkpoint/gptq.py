@@ -1,7 +1,7 @@
 """Quantized weights in the first layout of AutoGPTQ, which every reader of GPTQ knows.
 
-Of each linear: `qweight` int32 [in · bits / 32, out], the first input in the lowest bits; `scales` float16 [groups, out];
-`qzeros` int32 [groups, out · bits / 32], each zero point less one; `g_idx` int32 [in], the group of each input.
+Of each linear: `qweight` int32 [in · bits / 32, out], the first input in the lowest bits; `scales` float16
+[groups, out]; `qzeros` int32 [groups, out · bits / 32], each zero point less one; `g_idx` int32 [in], the group of each input.
 
 A zero point of 0 has no place in `qzeros` (less one, it wraps round, and readers differ in what they make of that), so
 the schemes are symmetric. The config names one scheme for all linears of the blocks.

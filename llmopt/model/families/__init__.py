@@ -55,7 +55,7 @@ def family_of(config: Config, *, where: str) -> Family:
     known = families()
     if model_type not in known:
         what = f"model_type {model_type!r} is not supported"
-        raise UnsupportedError(what, where=where, hint=near_match(model_type, sorted(known)))
+        raise UnsupportedError(what, where=where, hint=near_match(model_type, sorted(known), likeness=0.8))
     return known[model_type]
 
 

@@ -11,7 +11,7 @@ from llmopt.export.onnx.decoder import DecoderGraph
 from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.model.source import CONFIG, ModelSource
 from llmopt.model.spec import Block, ModelSpec
-from llmopt.model.storage import stored_bytes
+from llmopt.model.storage import quantized_bytes
 from llmopt.pipeline.calibration import Weights
 from llmopt.pipeline.formats.base import Assignments
 from llmopt.pipeline.verify import References, Verification, verify
@@ -19,8 +19,6 @@ from llmopt.progress import Progress
 from llmopt.quantize.assign import EIGHT_BITS, TableRule
 from llmopt.quantize.execute import Rounding, round_rows
 from llmopt.quantize.grid import ANY_SCALE, ScaleRule
-
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class Onnx:
         """Any layer can have any scheme."""
 
     def estimated_bytes(self, spec: ModelSpec, assignments: Assignments) -> int:
-        """The table and the linears; what else there is takes little."""
+        """See `estimated_bytes`."""
         return estimated_bytes(spec, assignments)
 
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
@@ -94,14 +92,8 @@ class GraphWriter:
 
 
 def estimated_bytes(spec: ModelSpec, assignments: Assignments) -> int:
-    """What the weights take on disk under their schemes, before any is read."""
-    matrices = {spec.embedding.name: next(spec.embedding.tensors()).shape}
-    matrices |= {linear.name: linear.weight.shape for linear in spec.linears() if linear.tied_to is None}
-    total = 0
-    for name, (rows, columns) in matrices.items():
-        scheme = assignments[name].scheme
-        total += FLOAT_BYTES * rows * columns if scheme is None else stored_bytes(rows, columns, scheme)
-    return total
+    """What the model takes on disk under its layers' schemes, before any weight is read."""
+    return quantized_bytes(spec, {name: item.scheme for name, item in assignments.items()})
 
 
 ONNX = Onnx()
