@@ -129,7 +129,7 @@ class Checkpoint:
         values = self._decode_rows(stored, start, stop)
         if self._restore is not None and tensor.name not in self._tables:
             # Copied into torch's own memory: products may round differently where a matrix is aligned differently.
-            values = torch.tensor(self._restore(tensor.name, values.numpy()))
+            values = torch.tensor(np.ascontiguousarray(self._restore(tensor.name, values.numpy())))
         require_finite(values, name=tensor.name, file=str(stored.file), first_row=start)
         return values
 
