@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmopt.quantize.assign import Override
     from llmopt.report.results import LayerResult
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "hf")
 
 
 def quantize(
@@ -108,7 +108,12 @@ def quantize(
         typer.Option("--plot", metavar="FILE", help="With --budget: draw predicted loss against size, .png or .svg."),
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="What to write: onnx, for onnxruntime and its genai.")
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="What to write: onnx, for onnxruntime and its genai; hf, compressed-tensors for transformers.",
+        ),
     ] = "onnx",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -121,9 +126,9 @@ def quantize(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model into an artifact that onnxruntime opens.
+    """Quantize a model into an artifact for onnxruntime or transformers.
 
-    Every linear and embedding gets the scheme or is named with the reason why not. The graph that is written is then
+    Every linear and embedding gets the scheme or is named with the reason why not. What is written is then
     opened and held against the quantized model in torch; if they differ, nothing is left behind.
 
     A method that looks at inputs keeps its finished parts in a journal beside the output until that is whole: after a
@@ -160,6 +165,7 @@ def quantize(
         ignore=tuple(ignore or ()),
         revision=revision,
         trust_remote_code=trust_remote_code,
+        format=format_,
         seed=seed or 0,
         threads=thread_count(threads),
         force=force,
@@ -240,7 +246,6 @@ def show_result(request: "QuantizeRequest", console: Console, shown: Shown) -> N
 
 def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:
     """The artifact in a few lines, and what to do with it and the model that it was made from."""
-    path = shlex.quote(str(result.path))
     size = result.report.candidates[0].metrics["size_bytes"]
     assert size is not None
     exact, shipped = result.verification.exact, result.verification.shipped
@@ -248,13 +253,20 @@ def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:
     return [
         *(["relative errors are those of weights: fitting to inputs raises them, to lower those of outputs"] * fitted),
         f"wrote {result.path}: {size.value / 1e6:,.1f} MB",
-        f"the graph against the quantized model in torch, on {exact.tokens} tokens:",
+        f"the artifact against the quantized model in torch, on {exact.tokens} tokens:",
         f"  in float32: relative error {exact.relative_error:.1e}, top-1 agreement {exact.top1_agreement:.1%}",
         f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}",
         *result.report.notes,
-        f"next: llmopt bench {path} --baseline {shlex.quote(model)}",
-        f"      llmopt generate {path} PROMPT",
+        *next_steps(result, model),
     ]
+
+
+def next_steps(result: "QuantizeResult", model: str) -> list[str]:
+    """What opens the artifact."""
+    if result.manifest.format == "hf":
+        return [f"next: transformers.AutoModelForCausalLM.from_pretrained({str(result.path)!r})"]
+    path = shlex.quote(str(result.path))
+    return [f"next: llmopt bench {path} --baseline {shlex.quote(model)}", f"      llmopt generate {path} PROMPT"]
 
 
 def drawing(

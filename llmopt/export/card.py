@@ -41,6 +41,22 @@ print(tokenizer.decode(generator.get_sequence(0)))
 ```"""
 
 
+_LLMOPT = 'With llmopt, in this folder:\n\n```sh\nllmopt generate . "In the morning"\n```'
+
+HF = "hf"
+_TRANSFORMERS = """\
+With transformers and compressed-tensors, in this folder:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+inputs = tokenizer("In the morning", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """What a card is written from. `report` holds this artifact as its only candidate; `genai`: whether that opens it.
@@ -78,7 +94,7 @@ def card_text(card: Card) -> str:
         "## Measured",
         _measured(card),
         "## Run it",
-        'With llmopt, in this folder:\n\n```sh\nllmopt generate . "In the morning"\n```',
+        _TRANSFORMERS if card.manifest.format == HF else _LLMOPT,
         *([_GENAI] if card.genai else []),
         "## Make it again",
         f"```sh\n{_command(card.manifest)}\n```",
@@ -96,11 +112,22 @@ def _front_matter(card: Card) -> dict[str, Any]:
         "license": card.license,
         "base_model": manifest.source.name if _HUB_ID.fullmatch(manifest.source.name) else None,
         "base_model_relation": "quantized" if _HUB_ID.fullmatch(manifest.source.name) else None,
-        "library_name": "onnxruntime-genai" if card.genai else "onnxruntime",
+        "library_name": _library(card),
         "pipeline_tag": "text-generation",
-        "tags": ["onnx", "quantized", *([f"int{bits[1]}"] if bits else []), "llmopt"],
+        "tags": [
+            "compressed-tensors" if manifest.format == HF else "onnx",
+            "quantized",
+            *([f"int{bits[1]}"] if bits else []),
+            "llmopt",
+        ],
     }
     return {key: value for key, value in known.items() if value is not None}
+
+
+def _library(card: Card) -> str:
+    if card.manifest.format == HF:
+        return "transformers"
+    return "onnxruntime-genai" if card.genai else "onnxruntime"
 
 
 def _title(manifest: Manifest) -> str:
@@ -118,9 +145,10 @@ def _introduction(card: Card) -> str:
     )
     revision = f" at revision {code(manifest.source.revision)}" if manifest.source.revision else ""
     architecture = f" ({code(card.architecture)})" if card.architecture else ""
+    written = "compressed-tensors for transformers" if manifest.format == HF else "ONNX for onnxruntime"
     return (
-        f"{escape(manifest.source.name)}{architecture}{revision}, quantized{scheme} and written as ONNX for "
-        f"onnxruntime. The weights that it was made from have the fingerprint {code(manifest.source.fingerprint)}."
+        f"{escape(manifest.source.name)}{architecture}{revision}, quantized{scheme} and written as {written}. "
+        f"The weights that it was made from have the fingerprint {code(manifest.source.fingerprint)}."
         f"{_calibration(manifest)}"
     )
 

@@ -26,7 +26,17 @@ KERNEL_ISA = (
     "bf16",
     "sve",
 )
-PACKAGES = ("llmopt", "numpy", "onnx", "onnxruntime", "onnxruntime-genai", "tokenizers", "torch", "transformers")
+PACKAGES = (
+    "compressed-tensors",
+    "llmopt",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 def describe_host(threads: int) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from llmopt import __version__
 from llmopt.artifact import MANIFEST, Manifest, check_free_disk, load_manifest, staged, write_manifest
-from llmopt.errors import ArtifactError
+from llmopt.errors import ArtifactError, UsageError
 from llmopt.measure.host import versions
 from llmopt.model.source import open_source
-from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
+from llmopt.pipeline.export import Export, export
+from llmopt.pipeline.formats.onnx import ONNX, estimated_bytes
+from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.quantize import source_entry
 from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.progress import Progress
@@ -37,13 +39,13 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
         LlmoptError: the model or artifact is not there, not supported or damaged, or the disk is full.
     """
     if is_artifact(model):
-        load_manifest(Path(model), verify=True)
+        require_onnx(load_manifest(Path(model), verify=True), model)
         return Path(model)
     source = open_source(model, revision=revision, progress=progress)
     names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]
     assignments = {name: Assignment(name=name, scheme=None, reason="the baseline") for name in names}
     manifest = Manifest(
-        source=source_entry(source), format=FORMAT, seed=0, versions={"llmopt": __version__, **versions()}
+        source=source_entry(source), format=ONNX.name, seed=0, versions={"llmopt": __version__, **versions()}
     )
     folder = cache_folder() / "baselines" / f"{printable(source.name)}-{manifest.key[:16]}"
     if _is_whole(folder):
@@ -57,6 +59,19 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
         export(job, partial, progress)
         write_manifest(partial, manifest)
     return folder
+
+
+def require_onnx(manifest: Manifest, name: str) -> None:
+    """See that onnxruntime, which measures and generates here, opens an artifact.
+
+    Raises:
+        UsageError: another program does.
+    """
+    if manifest.format != ONNX.name:
+        raise UsageError(
+            f"onnxruntime does not open {name}: its format is {manifest.format}",
+            hint=f"open it with {find_format(manifest.format).engine}, or quantize with --format {ONNX.name}",
+        )
 
 
 def printable(name: str) -> str:

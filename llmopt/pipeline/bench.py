@@ -15,7 +15,7 @@ from llmopt.measure.outcome import Outcome
 from llmopt.measure.size import compare_sizes
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.baseline import float_artifact, is_artifact
-from llmopt.pipeline.bench_checks import check_gates, check_lengths, check_names, common_source, spec_of
+from llmopt.pipeline.bench_checks import check_engine, check_gates, check_lengths, check_names, common_source, spec_of
 from llmopt.pipeline.kept import keep, kept_layers, kept_settings, lost_by
 from llmopt.pipeline.oracle import oracle_note
 from llmopt.progress import Progress
@@ -61,7 +61,10 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     check_names(request.candidates)
     check_gates(request.gates, request.settings)
     baseline_name = request.baseline or common_source(request.candidates)
-    for name in (baseline_name, *request.candidates):
+    names = (baseline_name, *request.candidates)
+    for name in names:
+        check_engine(name)
+    for name in names:
         revision = request.revision if name == baseline_name else None
         check_lengths(name, spec_of(name, revision), request.settings)
     baseline = float_artifact(baseline_name, revision=request.revision, threads=request.threads, progress=progress)

@@ -11,7 +11,7 @@ from llmopt.model.json_file import read_object
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import CONFIG, DEMO, open_source
 from llmopt.model.spec import ModelSpec
-from llmopt.pipeline.baseline import is_artifact
+from llmopt.pipeline.baseline import is_artifact, require_onnx
 from llmopt.report.gates import Gate
 from llmopt.report.results import METRICS, TIMING_METRICS
 
@@ -64,6 +64,16 @@ def check_gates(gates: Sequence[Gate], settings: "BenchSettings") -> None:
             raise UsageError("latency and memory are not measured", where=gate.expr, hint="leave --no-latency out")
         if not settings.accuracy and gate.metric in ACCURACY_METRICS:
             raise UsageError("accuracy is not measured", where=gate.expr, hint="leave --no-accuracy out")
+
+
+def check_engine(name: str) -> None:
+    """Measurements are taken in onnxruntime.
+
+    Raises:
+        LlmoptError: that does not open an artifact, or its manifest is damaged.
+    """
+    if is_artifact(name):
+        require_onnx(load_manifest(Path(name)), name)
 
 
 def check_lengths(name: str, spec: ModelSpec, settings: "BenchSettings") -> None:

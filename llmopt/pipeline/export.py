@@ -1,32 +1,27 @@
-"""A model as an ONNX artifact, quantized or not: streamed into the graph, and through the reference beside it."""
+"""A model as an artifact, quantized or not: streamed into its files, and through the reference beside them."""
 
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmopt import __version__
 from llmopt.artifact import Journal, write_json
-from llmopt.export.genai import GENAI_CONFIG, genai_config
-from llmopt.export.onnx.decoder import DecoderGraph
-from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.model.checkpoint import open_checkpoint
-from llmopt.model.source import CONFIG, GENERATION_CONFIG, ModelSource
+from llmopt.model.source import GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
-from llmopt.model.storage import quantized_bytes
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.calibration import Calibration, CalibrationText
+from llmopt.pipeline.formats.base import Format
+from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.journal import PartJournal
 from llmopt.pipeline.parts import PartReader
-from llmopt.pipeline.verify import References, Verification, verify
+from llmopt.pipeline.verify import References, Verification
 from llmopt.pipeline.windows import verification_windows
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
 from llmopt.report.results import LayerResult
-
-FORMAT = "onnx"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +35,7 @@ class Export:
     threads: int
     calibration: CalibrationText | None = None  # for a method that needs inputs
     folds: tuple[Fold, ...] = ()
+    format: Format = ONNX
     journal: Journal | None = None  # of a calibrated method: where finished parts are kept
 
     @property
@@ -49,26 +45,31 @@ class Export:
 
 
 def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerResult, ...], Verification]:
-    """Write graph, data, configs and tokenizer into `folder`; gives each layer's result and how well they agree.
+    """Write weights, configs and tokenizer into `folder`; gives each layer's result and how well they agree.
 
     Raises:
-        LlmoptError: the weights are damaged, or the graph does not compute what the quantized model computes.
+        LlmoptError: the weights are damaged, or the artifact does not compute what the quantized model computes.
     """
     import torch  # noqa: PLC0415 (late: a mistake in a request should not wait for it)
 
     torch.set_num_threads(job.threads)
-    write_companions(job.source, folder)
+    write_companions(job, folder)
     windows = verification_windows(job.spec, folder, job.seed)
-    references = References(job.spec, windows, rounds_activations=rounds_activations(job.assignments))
+    references = References(
+        job.spec,
+        windows,
+        rounds_activations=rounds_activations(job.assignments),
+        rounding=job.format.rounding,
+    )
     calibration = None
     if job.calibration is not None:
         calibration = Calibration(job.spec, job.calibration.windows(job.spec, Tokenizer.from_folder(folder)))
-    layers = write_graph(job, folder, references, progress, calibration)
+    layers = write_parts(job, folder, references, progress, calibration)
     del calibration  # verification needs the memory
-    return layers, verify(folder, references.exact, references.rounded, job.threads, progress)
+    return layers, job.format.verify(folder, references, job.threads, progress)
 
 
-def write_graph(
+def write_parts(
     job: Export, folder: Path, references: References, progress: Progress, calibration: Calibration | None = None
 ) -> tuple[LayerResult, ...]:
     """Stream the model part by part: read, quantize, write, run the references, forget."""
@@ -79,47 +80,36 @@ def write_graph(
         journal = PartJournal(job.journal, job.assignments, calibration.windows, progress)
         journal.announce(spec)
     with (
-        closing(DecoderGraph(folder, spec)) as graph,
+        closing(job.format.writer(spec, job.assignments, folder)) as writer,
         open_checkpoint(job.source) as checkpoint,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
         parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds, journal=journal)
         embedding = parts.embedding()
-        graph.embedding(embedding.weights)
-        references.embedding(embedding.weights)
+        references.embedding(writer.embedding(embedding.weights))
         layers += embedding.layers
         task.advance(note="embedding done")
         for block, part in zip(spec.blocks, parts.blocks(), strict=True):
-            graph.block(block, part.weights)
-            references.block(block, part.weights)
+            references.block(block, writer.block(block, part.weights))
             layers += part.layers
             task.advance(note=f"block {block.index + 1} of {len(spec.blocks)} done")
         head = parts.head(embedding)
-        graph.head(head.weights)
-        references.head(head.weights)
+        references.head(writer.head(head.weights))
         layers += head.layers
-        graph.save(__version__)
+        writer.save()
         task.advance(note="head done")
     return tuple(layers)
 
 
-def write_companions(source: ModelSource, folder: Path) -> None:
-    """What lies beside the graph: configs, tokenizer, and what onnxruntime-genai wants to know."""
-    source.write_tokenizer(folder)
-    write_json(folder / CONFIG, source.config)
-    if source.generation_config:
-        write_json(folder / GENERATION_CONFIG, source.generation_config)
-    config = genai_config(source.spec, source.generation_config, GRAPH_FILE)
-    if config is not None:
-        write_json(folder / GENAI_CONFIG, config)
+def write_companions(job: Export, folder: Path) -> None:
+    """What lies beside the weights: configs and tokenizer."""
+    job.source.write_tokenizer(folder)
+    if job.source.generation_config:
+        write_json(folder / GENERATION_CONFIG, job.source.generation_config)
+    job.format.write_companions(job.source, job.assignments, folder)
 
 
 def rounds_activations(assignments: Mapping[str, Assignment]) -> bool:
     """Whether any layer is to get 8-bit activations."""
     schemes = (item.scheme for item in assignments.values())
     return any(scheme is not None and scheme.activation_bits == 8 for scheme in schemes)
-
-
-def estimated_bytes(spec: ModelSpec, assignments: Mapping[str, Assignment]) -> int:
-    """What the model takes on disk under its layers' schemes, before any weight is read."""
-    return quantized_bytes(spec, {name: item.scheme for name, item in assignments.items()})

@@ -22,7 +22,7 @@ from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import CONFIG, GENERATION_CONFIG, open_source
 from llmopt.model.spec import ModelSpec
 from llmopt.model.tokenizer import Tokenizer
-from llmopt.pipeline.baseline import is_artifact
+from llmopt.pipeline.baseline import is_artifact, require_onnx
 from llmopt.progress import Progress
 
 
@@ -72,7 +72,7 @@ def open_engine(
     """An artifact in onnxruntime, a model in torch; with what its generation_config.json says."""
     if is_artifact(request.model):
         folder = Path(request.model)
-        load_manifest(folder, verify=True)
+        require_onnx(load_manifest(folder, verify=True), request.model)
         config = read_object(folder / CONFIG)
         generation = folder / GENERATION_CONFIG
         said = read_object(generation) if generation.is_file() else {}

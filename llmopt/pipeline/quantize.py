@@ -25,12 +25,14 @@ from llmopt.artifact import (
 from llmopt.calibrate.text import built_in, load_documents
 from llmopt.errors import UsageError
 from llmopt.export.card import Card, card_text
-from llmopt.export.onnx.attention import require_heads
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText, require_tokens
-from llmopt.pipeline.export import FORMAT, Export, estimated_bytes, export
+from llmopt.pipeline.export import Export, export
+from llmopt.pipeline.formats.base import Format
+from llmopt.pipeline.formats.onnx import ONNX
+from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.heldout import HeldOutLoss
 from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.mixed import (
@@ -81,6 +83,7 @@ class QuantizeRequest:
     ignore: tuple[str, ...] = ()
     revision: str | None = None
     trust_remote_code: bool = False
+    format: str = ONNX.name
     seed: int = 0
     threads: int = 1
     force: bool = False
@@ -93,6 +96,7 @@ class Prepared:
 
     request: QuantizeRequest
     source: ModelSource
+    format: Format
     method: Method
     folds: tuple[Fold, ...]
     assignments: Mapping[str, Assignment]
@@ -106,7 +110,7 @@ class Prepared:
         """What the weights will take on disk; at most, as long as a budget has no plan."""
         if self.plan is None and isinstance(self.request.budget, SizeBudget):
             return self.request.budget.model_bytes
-        return estimated_bytes(self.source.spec, self.assignments)
+        return self.format.estimated_bytes(self.source.spec, self.assignments)
 
     def method_of(self, layer: str) -> str:
         """What finds a layer's numbers; a table is never folded, and fitted only where it is the head too."""
@@ -129,7 +133,7 @@ class Prepared:
         request = self.request
         return Manifest(
             source=source_entry(self.source),
-            format=FORMAT,
+            format=self.format.name,
             scheme=request.scheme.name if request.budget is None else MIXED,
             budget=None if request.budget is None else str(request.budget),
             method=request.method,
@@ -160,14 +164,16 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
             there is too little text to calibrate on.
     """
     refuse_artifact(request.model)
-    method, folds = find_method(request.method), find_folds(request.method)
-    if request.resume is Resume.REQUIRED and not looks_at_inputs(request.method):
-        raise UsageError(f"method {method.name} takes seconds, and keeps no journal", hint="leave --resume out")
+    format_, folds = find_format(request.format), find_folds(request.method)
+    require_measurable(request)
+    require_journal(request)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
-    require_heads(source.spec)
-    assignments = assign(source.spec, request.scheme, request.overrides, request.ignore)
+    format_.check(source.spec)
+    method = find_method(request.method, format_.scales(source.spec))
+    assignments = assign(source.spec, request.scheme, request.overrides, request.ignore, format_.tables)
+    format_.check_layers(source.spec, assignments)
     calibration = calibration_text(request, method)
     tokenizer = open_tokenizer(source)
     if calibration is not None and looks_at_inputs(request.method):
@@ -192,6 +198,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     return Prepared(
         request=request,
         source=source,
+        format=format_,
         method=method,
         folds=folds,
         assignments=assignments,
@@ -199,6 +206,29 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
         mix=mix,
         notes=() if note is None else (note,),
     )
+
+
+def require_measurable(request: QuantizeRequest) -> None:
+    """See that what a budget chose could be held against it, which is done in onnxruntime.
+
+    Raises:
+        UsageError: it could not.
+    """
+    if request.budget is not None and request.format != ONNX.name:
+        raise UsageError(
+            f"a budget is for {ONNX.name}: its sizes are that format's, and what was lost is measured in onnxruntime",
+            hint=f"leave --budget or --format {request.format} out",
+        )
+
+
+def require_journal(request: QuantizeRequest) -> None:
+    """See that there can be something to go on from, where a request insists on it.
+
+    Raises:
+        UsageError: its method keeps no journal.
+    """
+    if request.resume is Resume.REQUIRED and not looks_at_inputs(request.method):
+        raise UsageError(f"method {request.method} takes seconds, and keeps no journal", hint="leave --resume out")
 
 
 def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationText | None:
@@ -288,6 +318,7 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress) -> Quant
         threads=request.threads,
         calibration=prepared.calibration if looks_at_inputs(request.method) else None,
         folds=prepared.folds,
+        format=prepared.format,
         journal=kept,
     )
     prepared.require_room()
@@ -325,7 +356,7 @@ def describe(
     request = prepared.request
     candidate = Candidate(
         name=request.output.name,
-        engine="onnxruntime",
+        engine=prepared.format.engine,
         scheme=prepared.manifest().scheme,
         method=request.method,
         metrics={"size_bytes": Measurement(value=size_bytes, n=1, unit="bytes")},
@@ -340,7 +371,7 @@ def describe(
     if prepared.plan is not None and loss is not None:
         settings["budget"] = outcome_json(prepared.plan, loss)
         notes.append(outcome_note(prepared.plan, loss))
-    if prepared.source.spec.genai_type is None:
+    if prepared.format is ONNX and prepared.source.spec.genai_type is None:
         notes.append("onnxruntime-genai does not know this family: there is no genai_config.json")
     return Report(
         host=describe_host(request.threads),

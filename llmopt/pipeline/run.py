@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmopt.artifact import REPORT, load_manifest, write_json
-from llmopt.errors import ArtifactError, ExitCode
+from llmopt.errors import ArtifactError, ExitCode, UsageError
 from llmopt.measure.latency import LatencySettings
 from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
 from llmopt.pipeline.bench_checks import check_lengths
+from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.quantize import Prepared, QuantizeRequest, execute, prepare
 from llmopt.precision.budget import parse_budget
 from llmopt.progress import Progress
@@ -41,6 +42,7 @@ def plan(recipe: Recipe, options: RunOptions, progress: Progress) -> list[Prepar
     Raises:
         LlmoptError: a step cannot be done.
     """
+    require_benchable(recipe)
     prepared = [prepare(_request(recipe, step.quantize, options), progress) for step in recipe.steps]
     if recipe.bench is not None:
         settings = _bench_settings(recipe.bench, options)
@@ -70,6 +72,20 @@ def run(recipe: Recipe, options: RunOptions, progress: Progress) -> RunResult:
     report = replace(report, gates=gates)
     write_json(output / REPORT, report.to_json())
     return RunResult(artifacts=artifacts, report=report, exit_code=exit_code(gates))
+
+
+def require_benchable(recipe: Recipe) -> None:
+    """See that what is to be measured can be opened here.
+
+    Raises:
+        UsageError: a step writes a format that onnxruntime does not open.
+    """
+    other = next((step.quantize for step in recipe.steps if step.quantize.format != ONNX.name), None)
+    if recipe.bench is not None and other is not None:
+        raise UsageError(
+            f"bench measures in onnxruntime, and step {other.name} has format {other.format}",
+            hint=f"leave bench out, or write format {ONNX.name}",
+        )
 
 
 def is_done(step: Prepared, *, force: bool) -> bool:
@@ -106,6 +122,7 @@ def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> Quantiz
         calib_tokens=step.calib_tokens,
         overrides=tuple((pattern, parse_scheme(scheme)) for pattern, scheme in step.overrides.items()),
         ignore=step.ignore,
+        format=step.format,
         seed=options.seed,
         threads=options.threads,
         force=options.force,

@@ -9,7 +9,7 @@ torch, but not larger. Last the graph runs as it ships, and how far it is from f
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmopt.engine.base import TokenIds
+from llmopt.engine.base import Logits, TokenIds
 from llmopt.engine.blocks import RotaryTables, block_forward, embed, head_logits
 from llmopt.engine.ort import LOGITS_AT, OrtEngine
 from llmopt.engine.segments import run_in_segments
@@ -28,14 +28,14 @@ from llmopt.measure.tokens import score
 from llmopt.model.spec import Block, ModelSpec
 from llmopt.pipeline.calibration import Weights
 from llmopt.progress import Progress
-from llmopt.quantize.execute import quantized_apply
+from llmopt.quantize.execute import Rounding, quantized_apply, round_rows
 from llmopt.quantize.weights import QuantizedWeight
 
 # Relative error of the logits, ‖Δ‖ / ‖logits‖. Float32 on both sides differs by about 1e-6, a wrong graph by 0.1.
 FLOAT_TOLERANCE = 1e-3
 # Two roundings of the same activations leave errors of the same size, but not the same errors.
 ROUNDING_FACTOR = 2.0
-_REPORT = "this is a defect of llmopt or of the installed onnxruntime: please report it with this message"
+_REPORT = "this is a defect of llmopt or of the program that opened it: please report it with this message"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +61,24 @@ class Verification:
     rounded: Agreement | None
 
 
+class ComputesLogits(Protocol):
+    """As much of an engine as is needed here."""
+
+    def logits(self, ids_BT: TokenIds) -> Logits:
+        """Logits at every position, [batch, tokens, vocab_size]."""
+        ...
+
+
 class Reference:
     """The quantized model's hidden states, carried along as the parts come by."""
 
-    def __init__(self, spec: ModelSpec, windows: list[TokenIds], *, round_activations: bool) -> None:
+    def __init__(
+        self, spec: ModelSpec, windows: list[TokenIds], *, round_activations: bool, rounding: Rounding = round_rows
+    ) -> None:
         self.spec = spec
         self.windows = windows
         self.round_activations = round_activations
+        self.rounding = rounding
         self.tables = RotaryTables(spec, max(len(ids) for ids in windows))
         self.hidden: list[Tensor] = []
         self.head_weights: Weights = {}
@@ -102,7 +113,7 @@ class Reference:
         return logits
 
     def _apply(self, weights: Weights) -> "partial[Tensor]":
-        return partial(quantized_apply, weights, round_activations=self.round_activations)
+        return partial(quantized_apply, weights, round_activations=self.round_activations, rounding=self.rounding)
 
 
 def floats(weights: Weights) -> dict[str, Tensor]:
@@ -158,14 +169,14 @@ def require(agreement: Agreement, tolerance: float, how: str) -> None:
     """
     if not agreement.relative_error <= tolerance:
         raise VerificationError(
-            f"{how}, the exported graph's logits differ from the quantized model's by {agreement.relative_error:.2g} "
+            f"{how}, the exported model's logits differ from the quantized model's by {agreement.relative_error:.2g} "
             f"(relative; {tolerance:.2g} is allowed), top-1 agreement {agreement.top1_agreement:.2%}",
             hint=_REPORT,
         )
 
 
-def compare(engine: OrtEngine, reference: Reference) -> Agreement:
-    """The graph's logits against the reference's."""
+def compare(engine: ComputesLogits, reference: Reference) -> Agreement:
+    """An engine's logits against the reference's."""
     windows = enumerate(reference.windows)
     return agree([(reference.logits(index), engine.logits(ids[None])[0]) for index, ids in windows])
 
@@ -191,9 +202,13 @@ def agree(pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Agree
 class References:
     """Every reference that an export needs, fed together."""
 
-    def __init__(self, spec: ModelSpec, windows: list[TokenIds], *, rounds_activations: bool) -> None:
+    def __init__(
+        self, spec: ModelSpec, windows: list[TokenIds], *, rounds_activations: bool, rounding: Rounding = round_rows
+    ) -> None:
         self.exact = Reference(spec, windows, round_activations=False)
-        self.rounded = Reference(spec, windows, round_activations=True) if rounds_activations else None
+        self.rounded = None
+        if rounds_activations:
+            self.rounded = Reference(spec, windows, round_activations=True, rounding=rounding)
         self.all = [self.exact, *([self.rounded] if self.rounded is not None else [])]
 
     def embedding(self, weights: Weights) -> None:

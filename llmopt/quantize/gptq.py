@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
-from llmopt.quantize.grid import find_grid
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid
 from llmopt.quantize.int8 import CENTER, LARGEST_SUM, quantize_rows
 from llmopt.quantize.method import InputStatistics, required
 from llmopt.quantize.scheme import Scheme
@@ -32,6 +32,7 @@ class Gptq:
     block_columns: int = 128
     clip_steps: int = 16
     clip_range: float = 0.5
+    scales: ScaleRule = ANY_SCALE
     name: str = "gptq"
     rows_are_independent: bool = True
     needs_inputs: bool = True
@@ -53,9 +54,9 @@ class Gptq:
 
     def _grid(self, weight_OI: Tensor, scheme: Scheme, importance_I: Tensor) -> "_Grid":
         if scheme.activation_bits == 8:
-            return _Grid(scheme, quantize_rows(weight_OI, scheme).scales_OG, None)
+            return _Grid(scheme, quantize_rows(weight_OI, scheme, self.scales).scales_OG, None)
         shrinks = [1 - self.clip_range * step / self.clip_steps for step in range(self.clip_steps)]
-        return _Grid(scheme, *find_grid(weight_OI, scheme, shrinks, importance_I))
+        return _Grid(scheme, *find_grid(weight_OI, scheme, shrinks, importance_I, self.scales))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ with zeros, which every grid represents exactly.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,30 @@ from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
 TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleRule:
+    """What scales may be, which is for the engine to say and not for the scheme.
+
+    `signed`: those of symmetric schemes may be negative. `dtype`: what they are stored in; codes are found for scales
+    as they are stored.
+    """
+
+    signed: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def stored(self, scales: Tensor) -> Tensor:
+        """Scales as they are when they are read again, float32; none is rounded to 0 or to infinity."""
+        if self.dtype == torch.float32:
+            return scales
+        limits = torch.finfo(self.dtype)
+        # eps * tiny is the smallest number of all, below the normal ones; half of it would be rounded to 0.
+        magnitude = scales.abs().clamp(limits.tiny * limits.eps, limits.max)
+        return torch.copysign(magnitude, scales).to(self.dtype).float()
+
+
+ANY_SCALE = ScaleRule()
 
 
 def grouped(weight_OI: Tensor, group_size: int | None) -> Tensor:
@@ -41,7 +66,11 @@ def round_to_codes(groups_OGS: Tensor, scales: Tensor, zeros: Tensor | float, le
 
 
 def find_grid(
-    weight_OI: Tensor, scheme: Scheme, shrinks: Sequence[float], importance_I: Tensor | None = None
+    weight_OI: Tensor,
+    scheme: Scheme,
+    shrinks: Sequence[float],
+    importance_I: Tensor | None = None,
+    rule: ScaleRule = ANY_SCALE,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [out, groups] and, for an asymmetric scheme, zero points: of each group's range as it is, or smaller by
     a factor, that which leaves the least squared error, where `importance_I` says how much each input's error counts.
@@ -50,28 +79,50 @@ def find_grid(
     importance = None if importance_I is None else grouped(importance_I[None], scheme.group_size)
     if scheme.symmetric:
         half = 2.0 ** (scheme.bits - 1)
-        return symmetric_scales(groups_OGS, scheme.bits, [half / shrink for shrink in shrinks], importance), None
-    scales_OG, zero_points_OG = asymmetric_grid(groups_OGS, scheme.bits, shrinks, importance)
+        divisors = [half / shrink for shrink in shrinks]
+        return symmetric_scales(groups_OGS, scheme.bits, divisors, importance, rule), None
+    scales_OG, zero_points_OG = asymmetric_grid(groups_OGS, scheme.bits, shrinks, importance, rule)
     return scales_OG, zero_points_OG.to(torch.uint8)
 
 
 def symmetric_scales(
-    groups_OGS: Tensor, bits: int, divisors: Iterable[float], importance: Tensor | None = None
+    groups_OGS: Tensor,
+    bits: int,
+    divisors: Iterable[float],
+    importance: Tensor | None = None,
+    rule: ScaleRule = ANY_SCALE,
 ) -> Tensor:
     """Scales of a grid around zero, [out, groups]: the candidate with the least squared error wins.
 
     The codes reach one step further down than up, so a scale takes the sign that puts the largest weight of its group
-    on the outermost code: at `divisor` 2**(bits - 1) exactly there, clipped at larger ones.
+    on the outermost code: at `divisor` 2**(bits - 1) exactly there, clipped at larger ones. Where scales may not be
+    negative, neither tail is clipped at that divisor.
     """
-    largest_OG1 = groups_OGS.gather(-1, groups_OGS.abs().argmax(-1, keepdim=True))
-    largest_OG = torch.where(largest_OG1 < 0, largest_OG1.clamp_max(-TINY), largest_OG1.clamp_min(TINY)).squeeze(-1)
-    zeros_OG = torch.full_like(largest_OG, 2.0 ** (bits - 1))
-    candidates = [(-largest_OG / divisor, zeros_OG) for divisor in divisors]
+    half = 2.0 ** (bits - 1)
+    outermost_OG = outermost(groups_OGS, half, rule)
+    zeros_OG = torch.full_like(outermost_OG, half)
+    candidates = [(rule.stored(outermost_OG / divisor), zeros_OG) for divisor in divisors]
     return least_error(groups_OGS, candidates, 2**bits, importance)[0]
 
 
+def outermost(groups: Tensor, half: float, rule: ScaleRule) -> Tensor:
+    """What a code of `half` would stand for where a group fills the codes from -half to half - 1; never 0.
+
+    That is `half` times the scale that clips nothing, unless a sign lets the smaller tail be clipped. Reduces the last
+    axis.
+    """
+    if rule.signed:
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        return -torch.where(largest < 0, largest.clamp_max(-TINY), largest.clamp_min(TINY))
+    return torch.maximum(groups.amax(-1) / (half - 1) * half, -groups.amin(-1)).clamp_min(TINY)
+
+
 def asymmetric_grid(
-    groups_OGS: Tensor, bits: int, shrinks: Iterable[float], importance: Tensor | None = None
+    groups_OGS: Tensor,
+    bits: int,
+    shrinks: Iterable[float],
+    importance: Tensor | None = None,
+    rule: ScaleRule = ANY_SCALE,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points that cover [min(w, 0), max(w, 0)] times a shrink, chosen by least squared error.
 
@@ -82,7 +133,7 @@ def asymmetric_grid(
     candidates = []
     for shrink in shrinks:
         # Divided first: the difference of two large weights may be infinite.
-        scales = (high_OG * (shrink / top) - low_OG * (shrink / top)).clamp_min(TINY)
+        scales = rule.stored((high_OG * (shrink / top) - low_OG * (shrink / top)).clamp_min(TINY))
         zeros = (-low_OG * shrink / scales).round_().clamp_(0, top)
         candidates.append((scales, zeros))
     return least_error(groups_OGS, candidates, 2**bits, importance)

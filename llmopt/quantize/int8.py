@@ -8,7 +8,7 @@ most 128, 255 * 128 does, whatever the activations, so every CPU computes the sa
 import torch
 from torch import Tensor
 
-from llmopt.quantize.grid import TINY
+from llmopt.quantize.grid import ANY_SCALE, TINY, ScaleRule, outermost
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
@@ -16,15 +16,15 @@ CENTER = 128
 LARGEST_SUM = 128  # of two neighbouring codes: 255 * 128 < 2**15
 
 
-def quantize_rows(weight_OI: Tensor, scheme: Scheme) -> QuantizedWeight:
+def quantize_rows(weight_OI: Tensor, scheme: Scheme, rule: ScaleRule = ANY_SCALE) -> QuantizedWeight:
     """Round to nearest, one scale a row: the smallest at which neither a code nor a pair is clipped.
 
     Smaller ones were tried: what rounding gains, clipping loses.
     """
-    largest_O1 = weight_OI.gather(1, weight_OI.abs().argmax(1, keepdim=True))
-    sign_O1 = torch.where(largest_O1 > 0, -1.0, 1.0)  # the codes reach one step further down than up
+    outermost_O1 = outermost(weight_OI, CENTER, rule)[:, None]
     sums_O1 = pair_sums(weight_OI / LARGEST_SUM).abs().amax(1, keepdim=True)
-    scales_O1 = sign_O1 * torch.maximum(largest_O1.abs() / CENTER, sums_O1).clamp_min(TINY)
+    magnitude_O1 = torch.maximum(outermost_O1.abs() / CENTER, sums_O1).clamp_min(TINY)
+    scales_O1 = rule.stored(torch.copysign(magnitude_O1, outermost_O1))
     # Rounding can still push a pair over by one.
     codes_OI = limit_pairs((weight_OI / scales_O1).round_().clamp_(-CENTER, CENTER - 1))
     codes_OI = codes_OI.add_(CENTER).to(torch.uint8)

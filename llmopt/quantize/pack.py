@@ -7,6 +7,7 @@ first. A row that does not fill its last block is padded with the zero point, wh
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llmopt.quantize.weights import QuantizedWeight
@@ -38,6 +39,17 @@ def unpack_nibbles(packed_RC: Bytes, columns: int) -> Bytes:
     """The inverse of `pack_nibbles`."""
     values = np.stack([packed_RC & 15, packed_RC >> 4], axis=-1)
     return values.reshape(len(packed_RC), -1)[:, :columns]
+
+
+def pack_words(values_RC: torch.Tensor, bits: int) -> torch.Tensor:
+    """Values of 4 or 8 bits as int32 [rows, words], the first in the lowest bits; the last word is padded with 0.
+
+    So compressed-tensors and GPTQ checkpoints hold them.
+    """
+    values = values_RC.numpy()
+    packed = pack_nibbles(values) if bits == 4 else values
+    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
+    return torch.from_numpy(np.ascontiguousarray(padded).view("<i4"))
 
 
 def pack_codes(weight: QuantizedWeight) -> Bytes:

@@ -11,6 +11,7 @@ from llmopt.errors import UsageError, near_match
 
 if TYPE_CHECKING:
     from llmopt.quantize.fold import Fold
+    from llmopt.quantize.grid import ScaleRule
     from llmopt.quantize.method import Method
 
 # Name, then where its class is.
@@ -36,13 +37,13 @@ def check_method(name: str) -> None:
     split(name)
 
 
-def find_method(name: str) -> "Method":
-    """The method of that name, with its default settings; its folds are left out.
+def find_method(name: str, scales: "ScaleRule | None" = None) -> "Method":
+    """The method of that name, with its default settings; its folds are left out. `scales` None: any will do.
 
     Raises:
         UsageError: there is none.
     """
-    return cast("Method", _made(METHODS[split(name)[1]]))
+    return cast("Method", _made(METHODS[split(name)[1]], **({} if scales is None else {"scales": scales})))
 
 
 def find_folds(name: str) -> "tuple[Fold, ...]":
@@ -83,6 +84,6 @@ def split(name: str) -> tuple[tuple[str, ...], str]:
     return folds, method
 
 
-def _made(place: str) -> Any:
+def _made(place: str, **settings: object) -> Any:
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)()
+    return getattr(importlib.import_module(module), name)(**settings)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmopt.quantize.grid import find_grid, quantize_to
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.scheme import Scheme
@@ -20,6 +20,7 @@ class Rtn:
 
     clip_steps: int = 8
     clip_range: float = 0.3  # the tightest range tried is this much smaller than the full one
+    scales: ScaleRule = ANY_SCALE
     name: str = "rtn"
     rows_are_independent: bool = True
     needs_inputs: bool = False
@@ -27,7 +28,7 @@ class Rtn:
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32. `inputs` is not used: rounding looks at the weight alone."""
         if scheme.activation_bits == 8:
-            return quantize_rows(weight_OI, scheme)
+            return quantize_rows(weight_OI, scheme, self.scales)
         steps = self.clip_steps if scheme.bits < 8 else 1
         shrinks = [1 - self.clip_range * step / steps for step in range(steps)]
-        return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks))
+        return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks, rule=self.scales))

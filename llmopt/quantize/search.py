@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmopt.quantize.grid import find_grid, quantize_to
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.method import InputStatistics, required
 from llmopt.quantize.scheme import Scheme
@@ -20,6 +20,7 @@ class Search:
 
     clip_steps: int = 16
     clip_range: float = 0.5  # the tightest range tried is this much smaller than the full one
+    scales: ScaleRule = ANY_SCALE
     name: str = "search"
     rows_are_independent: bool = True
     needs_inputs: bool = True
@@ -31,6 +32,6 @@ class Search:
     def round_to_grid(self, weight_OI: Tensor, scheme: Scheme, importance_I: Tensor) -> QuantizedWeight:
         """The same, from the mean square of each input, [in]."""
         if scheme.activation_bits == 8:
-            return quantize_rows(weight_OI, scheme)
+            return quantize_rows(weight_OI, scheme, self.scales)
         shrinks = [1 - self.clip_range * step / self.clip_steps for step in range(self.clip_steps)]
-        return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks, importance_I))
+        return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks, importance_I, self.scales))

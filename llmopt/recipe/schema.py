@@ -112,8 +112,8 @@ class QuantizeStep(_Section):
     """Patterns of linears that keep their weights."""
     overrides: dict[str, Scheme] = {}
     """Another scheme for the linears whose names match a pattern."""
-    format: Literal["onnx"] = "onnx"
-    """What the artifact is written as."""
+    format: Literal["onnx", "hf"] = "onnx"
+    """What the artifact is written as: onnx for onnxruntime, hf for transformers."""
 
 
 class Step(_Section):

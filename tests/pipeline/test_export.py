@@ -18,7 +18,8 @@ from llmopt.engine.torch import TorchEngine
 from llmopt.errors import ModelError, UnsupportedError
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import open_source
-from llmopt.pipeline.export import Export, estimated_bytes, export, rounds_activations
+from llmopt.pipeline.export import Export, export, rounds_activations
+from llmopt.pipeline.formats.onnx import estimated_bytes
 from llmopt.progress import Silent
 from llmopt.quantize.rtn import Rtn
 from tests.decoders import assignments

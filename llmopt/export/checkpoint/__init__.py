@@ -1,0 +1,1 @@
+"""Checkpoints of quantized weights, as Hugging Face's libraries and vLLM read them: safetensors and a config."""

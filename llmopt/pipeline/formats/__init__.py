@@ -1,0 +1,1 @@
+"""What an artifact can be written as, one file a format."""

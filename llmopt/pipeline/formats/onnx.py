@@ -1,0 +1,99 @@
+"""ONNX: a graph for onnxruntime, and what onnxruntime-genai wants beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmopt import __version__
+from llmopt.artifact import write_json
+from llmopt.export.genai import GENAI_CONFIG, genai_config
+from llmopt.export.onnx.attention import require_heads
+from llmopt.export.onnx.decoder import DecoderGraph
+from llmopt.export.onnx.graph import GRAPH_FILE
+from llmopt.model.source import CONFIG, ModelSource
+from llmopt.model.spec import Block, ModelSpec
+from llmopt.model.storage import quantized_bytes
+from llmopt.pipeline.calibration import Weights
+from llmopt.pipeline.formats.base import Assignments
+from llmopt.pipeline.verify import References, Verification, verify
+from llmopt.progress import Progress
+from llmopt.quantize.assign import EIGHT_BITS, TableRule
+from llmopt.quantize.execute import Rounding, round_rows
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnx:
+    """The format `onnx`."""
+
+    name: str = "onnx"
+    engine: str = "onnxruntime"
+    tables: TableRule = EIGHT_BITS
+    rounding: Rounding = round_rows
+
+    def scales(self, spec: ModelSpec) -> ScaleRule:
+        """Any: kernels take signed ones."""
+        return ANY_SCALE
+
+    def check(self, spec: ModelSpec) -> None:
+        """See that attention's kernel takes such heads."""
+        require_heads(spec)
+
+    def check_layers(self, spec: ModelSpec, assignments: Assignments) -> None:
+        """Any layer can have any scheme."""
+
+    def estimated_bytes(self, spec: ModelSpec, assignments: Assignments) -> int:
+        """See `estimated_bytes`."""
+        return estimated_bytes(spec, assignments)
+
+    def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
+        """The model's own config, and that of onnxruntime-genai where it knows the family."""
+        write_json(folder / CONFIG, source.config)
+        config = genai_config(source.spec, source.generation_config, GRAPH_FILE)
+        if config is not None:
+            write_json(folder / GENAI_CONFIG, config)
+
+    def writer(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> "GraphWriter":
+        """Begin the graph and its data file."""
+        return GraphWriter(DecoderGraph(folder, spec))
+
+    def verify(self, folder: Path, references: References, threads: int, progress: Progress) -> Verification:
+        """See `llmopt.pipeline.verify`."""
+        return verify(folder, references.exact, references.rounded, threads, progress)
+
+
+@dataclass(frozen=True)
+class GraphWriter:
+    """A graph; floats are float32 in it, and come back as they are."""
+
+    graph: DecoderGraph
+
+    def embedding(self, weights: Weights) -> Weights:
+        """See `Writer`."""
+        self.graph.embedding(weights)
+        return weights
+
+    def block(self, block: Block, weights: Weights) -> Weights:
+        """See `Writer`."""
+        self.graph.block(block, weights)
+        return weights
+
+    def head(self, weights: Weights) -> Weights:
+        """See `Writer`."""
+        self.graph.head(weights)
+        return weights
+
+    def save(self) -> None:
+        """Write the graph beside its data."""
+        self.graph.save(__version__)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self.graph.close()
+
+
+def estimated_bytes(spec: ModelSpec, assignments: Assignments) -> int:
+    """What the model takes on disk under its layers' schemes, before any weight is read."""
+    return quantized_bytes(spec, {name: item.scheme for name, item in assignments.items()})
+
+
+ONNX = Onnx()
