@@ -126,7 +126,7 @@ def quantize(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model into an artifact for onnxruntime or transformers.
+    """Quantize a model, and check what was written.
 
     Every linear and embedding gets the scheme or is named with the reason why not. What is written is then
     opened and held against the quantized model in torch; if they differ, nothing is left behind.
