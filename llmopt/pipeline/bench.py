@@ -68,7 +68,7 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     for name in names:
         revision = request.revision if name == baseline_name else None
         check_lengths(name, spec_of(name, revision), request.settings)
-    corpus = built_in() if request.settings.text is None else load_text(request.settings.text, TO_MEASURE, progress)
+    corpus = evaluation_text(request.settings, progress)
     baseline = float_artifact(baseline_name, revision=request.revision, threads=request.threads, progress=progress)
     paths = [
         float_artifact(name, revision=None, threads=request.threads, progress=progress) for name in request.candidates
@@ -93,12 +93,12 @@ def save(path: Path, candidate: Candidate, report: Report, progress: Progress) -
 
 
 def measure(
-    request: BenchRequest, corpus: Corpus, baseline: Path, paths: Sequence[Path], progress: Progress
+    request: BenchRequest, corpus: Corpus | None, baseline: Path, paths: Sequence[Path], progress: Progress
 ) -> Outcome:
     """Sizes, then accuracy and latency as far as they are asked for."""
     settings = request.settings
     outcome = compare_sizes(baseline, paths)
-    if settings.accuracy:
+    if corpus is not None:
         tokens = tokenized(corpus, settings, baseline)
         engines = [OrtEngine(path, request.threads) for path in (baseline, *paths)]
         outcome = outcome.with_outcome(compare(engines[0], engines[1:], tokens, request.seed, progress))
@@ -110,6 +110,17 @@ def measure(
             measure_latency(baseline, paths, settings.latency, seed=request.seed, progress=progress)
         )
     return outcome
+
+
+def evaluation_text(settings: BenchSettings, progress: Progress) -> Corpus | None:
+    """What accuracy is measured on, if it is.
+
+    Raises:
+        LlmoptError: it is not there, or cannot be read.
+    """
+    if not settings.accuracy:
+        return None
+    return built_in() if settings.text is None else load_text(settings.text, TO_MEASURE, progress)
 
 
 def tokenized(corpus: Corpus, settings: BenchSettings, folder: Path) -> TokenWindows:

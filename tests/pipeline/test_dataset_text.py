@@ -16,8 +16,9 @@ from llmopt.quantize.scheme import parse_scheme
 def dataset(tmp_path: Path) -> Path:
     folder = tmp_path / "stories"
     folder.mkdir()
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text(json.dumps({"text": f"a {split} of things " * 40}) + "\n")
+    for number, split in enumerate(("train", "test")):
+        text = " ".join(f"{split} {count * count + number}" for count in range(80))
+        (folder / f"{split}.jsonl").write_text(json.dumps({"text": text}) + "\n")
     return folder
 
 
