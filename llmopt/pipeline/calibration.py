@@ -20,6 +20,7 @@ from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.pipeline.finite import OVERFLOW_HINT
 from llmopt.quantize.execute import round_rows
 from llmopt.quantize.fold import InputSample
 from llmopt.quantize.method import InputStatistics
@@ -37,6 +38,7 @@ KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 SAMPLED_TOKENS = 512
 HEAD_TOKENS = 8192
 TINY = torch.finfo(torch.float32).tiny
+CONTEXT = 8  # tokens by which a token and those before it are told from others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +102,14 @@ class Moment:
         """The mean.
 
         Raises:
-            LlmoptError: the inputs of the linear of that name are not finite.
+            LlmoptError: the inputs of the linear of that name are not finite, or there were none.
         """
+        if self.tokens == 0:
+            hint = "give more text with --calib, or --ignore the linear"
+            raise LlmoptError("no token of the calibration text reached a linear", where=name, hint=hint)
         if not bool(self.sum_II.isfinite().all()):
-            raise LlmoptError("in calibration the inputs of a linear are NaN or infinite", where=name)
+            what = "in calibration the inputs of a linear are NaN or infinite, or their squares are"
+            raise LlmoptError(what, where=name, hint=OVERFLOW_HINT)
         lower_II = self.sum_II.tril().div_(self.tokens)
         return InputStatistics(tokens=self.tokens, second_moment_II=lower_II + lower_II.tril(-1).T)
 
@@ -131,18 +137,31 @@ class Sampler:
 
 
 def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds]) -> None:
-    """See that there are as many tokens as the widest linear has inputs.
+    """See that there are as many tokens as the widest linear has inputs, and as many that are not just repeated.
 
     Raises:
         UsageError: there are fewer, which would leave its second moment singular.
     """
     tokens = sum(map(len, windows))
     widest = max(spec.linears(), key=lambda linear: linear.in_features)
+    different = different_tokens(windows)
+    if different < widest.in_features <= tokens:
+        raise UsageError(
+            f"the text to calibrate on repeats itself: of its {tokens} tokens {different} differ, in themselves or in "
+            f"the {CONTEXT - 1} before them, and {widest.name} has {widest.in_features} inputs",
+            hint="give text like what the model will read with --calib",
+        )
     if tokens < widest.in_features:
         raise UsageError(
             f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
             hint="give more text with --calib, or more of it with --calib-tokens",
         )
+
+
+def different_tokens(windows: Sequence[TokenIds]) -> int:
+    """How many tokens differ, in themselves or in those before them: repeated ones put the same into a linear again."""
+    contexts = [np.lib.stride_tricks.sliding_window_view(np.pad(ids, (CONTEXT - 1, 0)), CONTEXT) for ids in windows]
+    return len(np.unique(np.concatenate(contexts), axis=0))
 
 
 @dataclass
