@@ -130,8 +130,8 @@ class Sampler:
         return InputSample(tokens_NI=torch.cat(self.rows), largest_I=self.largest_I)
 
 
-def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds]) -> None:
-    """See that there are as many tokens as the widest linear has inputs.
+def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds]) -> int:
+    """See that there are as many tokens as the widest linear has inputs; gives how many there are.
 
     Raises:
         UsageError: there are fewer, which would leave its second moment singular.
@@ -143,6 +143,7 @@ def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds]) -> None:
             f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
             hint="give more text with --calib, or more of it with --calib-tokens",
         )
+    return tokens
 
 
 @dataclass
