@@ -173,9 +173,8 @@ class PartReader:
         assert method.rows_are_independent, method.name
         weights = [self._read_linear(linear.weight, transposed=linear.transposed) for linear in linears]
         weight_OI = torch.cat(weights)
-        found = self.ranks.spread(
-            lambda rows: method.quantize(weight_OI[rows], scheme, inputs), self.ranks.shares(len(weight_OI))
-        )
+        shares = [share for share in self.ranks.shares(len(weight_OI)) if share.start < share.stop]
+        found = self.ranks.spread(lambda rows: method.quantize(weight_OI[rows], scheme, inputs), shares)
         parts = split_rows(stack_rows(found), [len(weight) for weight in weights])
         return [
             (part, self._result(linear.name, part, part.relative_error(weight), method.name))

@@ -247,13 +247,13 @@ def require_spreadable(request: QuantizeRequest, ranks: Ranks) -> None:
         )
 
 
-def require_same_work(prepared: Prepared, ranks: Ranks) -> None:
-    """See that all processes have prepared the same.
+def require_same_work(manifest: Manifest, ranks: Ranks) -> None:
+    """See that all processes are about to write the same.
 
     Raises:
         UsageError: their models, texts, options or versions differ.
     """
-    keys = ranks.gather(prepared.manifest().key)
+    keys = ranks.gather(manifest.key)
     other = next((rank for rank, key in enumerate(keys) if key != keys[0]), None)
     if other is not None:
         raise UsageError(
@@ -304,8 +304,9 @@ def execute(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> Qua
     if not looks_at_inputs(request.method):
         discard_journal(request.output, progress)
         return write_within_budget(prepared, None, progress, ranks)
-    require_same_work(prepared, ranks)
-    key = journal_key(prepared.manifest(), request.threads, ranks)
+    manifest = prepared.manifest()
+    require_same_work(manifest, ranks)
+    key = journal_key(manifest, request.threads, ranks)
     if not ranks.is_first:
         return write_within_budget(prepared, None, progress, ranks)
     with journal(request.output, key, request.resume, progress) as kept:

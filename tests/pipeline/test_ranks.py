@@ -112,14 +112,14 @@ def test_the_samples_of_all_are_those_of_one():
 
 
 def test_more_processes_than_windows_are_refused():
-    with pytest.raises(UsageError, match="5 windows .* and 6 processes"):
+    with pytest.raises(UsageError, match=r"5 windows .* and 6 processes"):
         Calibration(spec_of(CASES["llama"]), WINDOWS, Ranks(0, 6))
 
 
 @pytest.mark.parametrize(("count", "size"), [(7, 3), (2, 2), (1, 1), (2, 3)])
 def test_shares_are_all_there_is_once_and_even(count, size):
-    shares = [list(range(count))[share] for share in Ranks(0, size).shares(count)]
-    assert sum(shares, []) == list(range(count))
+    shares = [range(count)[share] for share in Ranks(0, size).shares(count)]
+    assert [item for share in shares for item in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
