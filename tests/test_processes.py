@@ -124,13 +124,6 @@ def test_an_error_in_one_process_ends_all_with_its_message_and_exit_code(tiny_ll
     assert not list(out.parent.iterdir())
 
 
-def test_processes_with_different_work_are_refused(tiny_llama, out):
-    results = ended(start(words(tiny_llama, out), [*words(tiny_llama, out), "--seed", "1"]))
-    assert [code for code, _, _ in results] == [2, 2]
-    assert "process 1 has another" in results[0][2]
-    assert not list(out.parent.iterdir())
-
-
 def test_an_interruption_leaves_nothing_half_written(tiny_llama, out):
     processes = start(words(tiny_llama, out), words(tiny_llama, out))
     wait_for_parts(out, 2)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmopt.artifact import Manifest, Source
 from llmopt.errors import UsageError
 from llmopt.pipeline.calibration import Calibration, Moment
 from llmopt.pipeline.parts import PartReader
+from llmopt.pipeline.quantize import require_same_work
 from llmopt.pipeline.ranks import ALONE, Ranks, place, processes_here
 from llmopt.quantize.awq import Awq
 from llmopt.quantize.gptq import Gptq
@@ -138,3 +140,14 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert place() == (0, 1)
     assert processes_here() == 1
+
+
+def test_processes_with_different_work_are_refused():
+    def manifest(seed):
+        return Manifest(
+            source=Source(name="demo", revision=None, fingerprint="0"), format="onnx", seed=seed, versions={}
+        )
+
+    assert together(2, lambda ranks: require_same_work(manifest(0), ranks)) == [None, None]
+    with pytest.raises(UsageError, match="process 1 has another"):
+        together(2, lambda ranks: require_same_work(manifest(ranks.rank), ranks))
