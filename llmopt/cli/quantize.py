@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmopt.quantize.assign import Override
     from llmopt.report.results import LayerResult
 
-FORMATS = ("onnx", "hf")
+FORMATS = ("onnx", "hf", "gptq")
 
 
 def quantize(
@@ -112,7 +112,8 @@ def quantize(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="What to write: onnx, for onnxruntime and its genai; hf, compressed-tensors for transformers.",
+            help="What to write: onnx, for onnxruntime and its genai; hf, compressed-tensors for transformers; "
+            "gptq, the checkpoints that GPTQModel reads, and vLLM too.",
         ),
     ] = "onnx",
     revision: Revision = None,
@@ -263,9 +264,11 @@ def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:
 
 def next_steps(result: "QuantizeResult", model: str) -> list[str]:
     """What opens the artifact."""
+    path = shlex.quote(str(result.path))
     if result.manifest.format == "hf":
         return [f"next: transformers.AutoModelForCausalLM.from_pretrained({str(result.path)!r})"]
-    path = shlex.quote(str(result.path))
+    if result.manifest.format == "gptq":
+        return [f"next: vllm serve {path}", f"      gptqmodel.GPTQModel.load({str(result.path)!r})"]
     return [f"next: llmopt bench {path} --baseline {shlex.quote(model)}", f"      llmopt generate {path} PROMPT"]
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from safetensors.torch import load_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.pipeline.quantize import QuantizeRequest, QuantizeResult, prepare, quantize
@@ -24,29 +23,6 @@ def request(model: Path, output: Path, scheme: str = "w4a16-sym", **more: object
 
 def written(model: Path, output: Path, scheme: str = "w4a16-sym", **more: object) -> QuantizeResult:
     return quantize(request(model, output, scheme, **more))
-
-
-@pytest.fixture(scope="session")
-def tiny_qwen2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny_qwen2")
-    torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=128,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
-    model = Qwen2ForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tiny_llama / name).read_bytes())
-    return folder
 
 
 @pytest.mark.parametrize(("bits", "columns"), [(4, 8), (4, 13), (8, 4), (8, 7)])
