@@ -39,6 +39,8 @@ from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# transformers lays all tokens of opt's MLPs in one matrix, and compressed-tensors then gives them one range together.
+ONE_MATRIX = ("opt",)
 FLOAT_TABLES = TableRule(scheme=None, reason="the format hf keeps the embedding and the head as floats")
 
 
@@ -70,6 +72,7 @@ class Hf:
         compressed_tensors.require(spec, assignments)
         if all(item.scheme is None for item in assignments.values()):
             raise UsageError("no layer is quantized", hint="leave some of --ignore out")
+        _require_ranges_per_token(spec, assignments)
 
     def estimated_bytes(self, spec: ModelSpec, assignments: Assignments) -> int:
         """Every tensor; only the header is left out."""
@@ -128,6 +131,20 @@ class HfWriter(RoundingWriter):
         if isinstance(weight, QuantizedWeight) and not weight.scheme.symmetric:
             return weight.dequantize().to(self.dtype).float()
         return weight
+
+
+def _require_ranges_per_token(spec: ModelSpec, assignments: Assignments) -> None:
+    if spec.family not in ONE_MATRIX:
+        return
+    for block in spec.blocks:
+        for linear in (*block.mlp.inputs, block.mlp.down):
+            scheme = assignments[linear.name].scheme
+            if scheme is not None and scheme.activation_bits == 8:
+                raise UnsupportedError(
+                    f"{linear.name} is to have {scheme}, and transformers would round the activations of "
+                    f"{spec.family}'s MLPs by one range for all tokens, not by one a token",
+                    hint="--override 'fc*=w8a16', or --format onnx",
+                )
 
 
 def _schemes(spec: ModelSpec, assignments: Assignments) -> dict[str, Scheme | None]:
