@@ -227,6 +227,7 @@ def test_the_card_and_the_command_say_how_to_open_it(
     assert ended.code == 0
     assert f"next: vllm serve {tmp_path / 'out'}" in ended.out
     assert "llmopt bench" not in ended.out
+    assert "as it ships: not run here" in ended.out
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for words in ("vllm serve .", "GPTQModel.load", "AutoModelForCausalLM", "- gptq", "--format gptq"):
         assert words in card
