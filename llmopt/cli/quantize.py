@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from llmopt.quantize.assign import Override
     from llmopt.report.results import LayerResult
 
-FORMATS = ("onnx", "hf")
+FORMATS = ("onnx", "hf", "gptq")
 
 
 def quantize(
@@ -114,7 +114,8 @@ def quantize(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="What to write: onnx, for onnxruntime and its genai; hf, compressed-tensors for transformers.",
+            help="What to write: onnx, for onnxruntime and its genai; hf, compressed-tensors for transformers; "
+            "gptq, the checkpoints that GPTQModel reads, and vLLM too.",
         ),
     ] = "onnx",
     revision: Revision = None,
@@ -253,24 +254,36 @@ def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:
     """The artifact in a few lines, and what to do with it and the model that it was made from."""
     size = result.report.candidates[0].metrics["size_bytes"]
     assert size is not None
-    exact, shipped = result.verification.exact, result.verification.shipped
+    exact = result.verification.exact
     fitted = "calibration" in result.report.settings
     return [
         *(["relative errors are those of weights: fitting to inputs raises them, to lower those of outputs"] * fitted),
         f"wrote {result.path}: {size.value / 1e6:,.1f} MB",
         f"the artifact against the quantized model in torch, on {exact.tokens} tokens:",
         f"  in float32: relative error {exact.relative_error:.1e}, top-1 agreement {exact.top1_agreement:.1%}",
-        f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}",
+        shipped_line(result),
         *result.report.notes,
         *next_steps(result, model),
     ]
 
 
+def shipped_line(result: "QuantizeResult") -> str:
+    """What its own engine makes of the artifact."""
+    shipped = result.verification.shipped
+    if shipped is None:
+        return "  as it ships: not run here, for that takes the engine that it is for"
+    return (
+        f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}"
+    )
+
+
 def next_steps(result: "QuantizeResult", model: str) -> list[str]:
     """What opens the artifact."""
+    path = shlex.quote(str(result.path))
     if result.manifest.format == "hf":
         return [f"next: transformers.AutoModelForCausalLM.from_pretrained({str(result.path)!r})"]
-    path = shlex.quote(str(result.path))
+    if result.manifest.format == "gptq":
+        return [f"next: vllm serve {path}", f"      gptqmodel.GPTQModel.load({str(result.path)!r})"]
     return [f"next: llmopt bench {path} --baseline {shlex.quote(model)}", f"      llmopt generate {path} PROMPT"]
 
 
