@@ -24,7 +24,9 @@ from llmopt.cli.options import (
     resume_choice,
     thread_count,
 )
+from llmopt.cli.outcome import explain as explained
 from llmopt.cli.outcome import resumable
+from llmopt.cli.processes import require_one_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -133,7 +135,8 @@ def quantize(
     opened and held against the quantized model in torch; if they differ, nothing is left behind.
 
     A method that looks at inputs keeps its finished parts in a journal beside the output until that is whole: after a
-    Ctrl-C, a crash or a full disk the same command goes on where it stopped, to the same bytes.
+    Ctrl-C, a crash or a full disk the same command goes on where it stopped, to the same bytes. Several
+    processes divide its work among them: torchrun --nproc-per-node 2 -m llmopt quantize …
 
     Example: llmopt quantize demo -o demo-int4 --scheme w4a16 --override lm_head=w8a16
     """
@@ -174,6 +177,7 @@ def quantize(
     )
     console = Console(json=json, quiet=quiet)
     if dry_run:
+        require_one_process("--dry-run")
         show_plan(request, console, shown)
     else:
         show_result(request, console, shown)
@@ -235,9 +239,10 @@ def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
 def show_result(request: "QuantizeRequest", console: Console, shown: Shown) -> None:
     """Do it, and say what came of it."""
     from llmopt.pipeline.quantize import quantize as do_quantize
+    from llmopt.pipeline.ranks import joined
 
-    with resumable([request.output]):
-        result = do_quantize(request, console.progress)
+    with joined(explained) as ranks, resumable([request.output]):
+        result = do_quantize(request, console.progress, ranks)
     value = {"path": str(result.path)} | result.report.to_json()
     if result.plan is not None:
         shown.draw(result.plan)
