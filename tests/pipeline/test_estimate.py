@@ -120,7 +120,8 @@ def test_too_little_memory_ends_it_before_it_begins(llmopt, tiny_llama, out, mon
     assert not list(out.parent.iterdir())
 
 
-def test_the_estimate_is_part_of_a_plan_and_explained(llmopt, tiny_llama, out):
+def test_the_estimate_is_part_of_a_plan_and_explained(llmopt, tiny_llama, out, monkeypatch):
+    monkeypatch.setattr(module, "resident_bytes", lambda: 300_000_000)
     told = llmopt("quantize", tiny_llama, "-o", out, "--dry-run", "--explain").out
     planned = json.loads(llmopt("quantize", tiny_llama, "-o", out, "--dry-run", "--json").out)["estimate"]
     assert f"needs about {planned['memory_bytes'] / 1e6:,.0f} MB of memory" in told
