@@ -43,6 +43,7 @@ class Estimate:
     steps: Mapping[str, int]
     output_bytes: int
     journal_bytes: int
+    spilled_bytes: int = 0
 
     @property
     def more_bytes(self) -> int:
@@ -56,8 +57,8 @@ class Estimate:
 
     @property
     def disk_bytes(self) -> int:
-        """Output and journal, which are there together until the output is whole."""
-        return self.output_bytes + self.journal_bytes
+        """Output, journal and activations that memory has no room for, as if all were there together."""
+        return self.output_bytes + self.journal_bytes + self.spilled_bytes
 
     def memory_by_step(self) -> dict[str, int]:
         """Resident memory while each step is at its peak."""
@@ -71,15 +72,14 @@ class Estimate:
             "disk_bytes": self.disk_bytes,
             "output_bytes": self.output_bytes,
             "journal_bytes": self.journal_bytes,
+            "spilled_bytes": self.spilled_bytes,
         }
 
     def __str__(self) -> str:
         greediest = max(self.steps, key=self.steps.__getitem__)
-        journal = f" and {_megabytes(self.journal_bytes)} of journal" if self.journal_bytes else ""
-        return (
-            f"needs about {_megabytes(self.memory_bytes)} of memory ({greediest} takes the most), "
-            f"and on the disk {_megabytes(self.output_bytes)} of output{journal}"
-        )
+        parts = {"output": self.output_bytes, "journal": self.journal_bytes, "activations": self.spilled_bytes}
+        disk = ", ".join(f"{_megabytes(count)} of {part}" for part, count in parts.items() if count)
+        return f"needs about {_megabytes(self.memory_bytes)} of memory ({greediest} takes the most), on the disk {disk}"
 
     def require_room(self, output: Path) -> None:
         """See that memory and the disk of `output`, where some of the journal may be already, have it.
@@ -87,7 +87,8 @@ class Estimate:
         Raises:
             ResourceError: they have not.
         """
-        check_free_disk(output.parent, self.output_bytes + max(0, self.journal_bytes - journal_bytes(output)))
+        there = min(self.journal_bytes, journal_bytes(output))
+        check_free_disk(output.parent, self.disk_bytes - there)
         available = available_bytes()
         if available < self.more_bytes:
             raise ResourceError(
@@ -106,6 +107,7 @@ class Work:
     format: Format
     tokens: int | None
     folds: bool
+    limit_bytes: int  # of one list of activations; more of it is on the disk
 
     def estimate(self, output_bytes: int) -> Estimate:
         """The estimate, for this process as it is now, where model files will take so much."""
@@ -115,11 +117,12 @@ class Work:
             steps={
                 "the token table": self._table_step(),
                 "a block": max(map(self._block_step, self.spec.blocks)),
-                "the head": 0 if self.spec.tied else self._states_bytes() + self._fitted_bytes([self.spec.head]),
+                "the head": 0 if self.spec.tied else self._head_step(),
                 "verification": self.format.verification_bytes(self.spec, output_bytes, self._logits_bytes()),
             },
             output_bytes=output_bytes,
             journal_bytes=0 if self.tokens is None else self._held(self.spec.tensors()),
+            spilled_bytes=sum(max(0, count - self.limit_bytes) for count in self._lists(self.spec.blocks[0])),
         )
 
     def _table_step(self) -> int:
@@ -139,15 +142,22 @@ class Work:
         floats = copies * FLOAT * sum(tensor.count for tensor in block.tensors())
         return held + floats + self._states_bytes(block) + max(map(self._fitted_bytes, groups))
 
-    def _states_bytes(self, block: Block | None = None) -> int:
+    def _head_step(self) -> int:
+        hidden, _ = self._lists(self.spec.blocks[-1])
+        return min(hidden, self.limit_bytes) + self._fitted_bytes([self.spec.head])
+
+    def _states_bytes(self, block: Block) -> int:
         """Activations of all tokens: before and behind a branch, and within both, for those leave memory in pieces."""
         tokens = self.tokens or 0
-        if block is None:
-            return FLOAT * tokens * self.spec.hidden_size
+        hidden, heads = (min(count, self.limit_bytes) for count in self._lists(block))
         wide = FLOAT * tokens * block.mlp.size
-        within = FLOAT * tokens * block.attention.q_size + (wide if wide <= KEPT_BYTES else 0)
         scores = SCORES * FLOAT * block.attention.heads * min(WINDOW, tokens) ** 2
-        return 2 * FLOAT * tokens * self.spec.hidden_size + within + scores
+        return 2 * hidden + heads + (wide if wide <= KEPT_BYTES else 0) + scores
+
+    def _lists(self, block: Block) -> tuple[int, int]:
+        """What the calibration keeps of all tokens: hidden states, and what enters the output of attention."""
+        values = FLOAT * (self.tokens or 0)
+        return values * self.spec.hidden_size, values * block.attention.q_size
 
     def _logits_bytes(self) -> int:
         """What the reference's logits take, with the head as floats, and those that are held against them."""

@@ -51,6 +51,7 @@ from llmopt.pipeline.mixed import (
 from llmopt.pipeline.parts import fits_table
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
+from llmopt.pipeline.spill import limit_bytes
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.budget import Budget, SizeBudget
 from llmopt.precision.groups import fused_groups
@@ -136,6 +137,7 @@ class Prepared:
             format=self.format,
             tokens=self.tokens,
             folds=bool(self.folds),
+            limit_bytes=limit_bytes(),
         )
         needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
         needed.require_room(self.request.output)

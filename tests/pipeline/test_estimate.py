@@ -37,11 +37,11 @@ def spec(tiny_llama):
     return open_source(str(tiny_llama)).spec
 
 
-def estimated(spec, *, tokens=None, scheme="w4a16", folds=False, output_bytes=0, format_="onnx"):
+def estimated(spec, *, tokens=None, folds=False, format_="onnx", limit=sys.maxsize):
     found = FORMATS[format_]
-    assignments = assign(spec, parse_scheme(scheme), (), (), found.tables)
-    work = Work(spec=spec, assignments=assignments, format=found, tokens=tokens, folds=folds)
-    return work.estimate(output_bytes)
+    assignments = assign(spec, parse_scheme("w4a16"), (), (), found.tables)
+    work = Work(spec=spec, assignments=assignments, format=found, tokens=tokens, folds=folds, limit_bytes=limit)
+    return work.estimate(output_bytes=0)
 
 
 @pytest.mark.parametrize("options", [("--scheme", "w8a8"), CALIBRATED, ("--format", "hf", "--scheme", "w4a16")])
@@ -70,6 +70,15 @@ def test_more_tokens_take_more(spec):
     few, many = (estimated(spec, tokens=tokens) for tokens in (2**20, 2**21))
     states = 4 * 2**20 * spec.hidden_size
     assert 2 * states <= many.steps["a block"] - few.steps["a block"] <= 6 * states
+
+
+def test_what_spills_is_on_the_disk_and_not_in_memory(spec):
+    whole, spilled = estimated(spec, tokens=2**21), estimated(spec, tokens=2**21, limit=2**20)
+    states = 4 * 2**21 * spec.hidden_size
+    assert whole.spilled_bytes == 0
+    assert spilled.spilled_bytes == spilled.disk_bytes - spilled.journal_bytes == 2 * (states - 2**20)
+    assert whole.steps["a block"] - spilled.steps["a block"] == 3 * (states - 2**20)
+    assert "2,145 MB of activations" in str(spilled)
 
 
 def test_what_folds_leave_is_kept_beside_what_is_quantized(spec):
