@@ -135,7 +135,7 @@ class Work:
     def _block_step(self, block: Block) -> int:
         held = self._held(block.tensors())
         if self.tokens is None:
-            return held + FITTED_BYTES * min(CHUNK_WEIGHTS, max(linear.weight.count for linear in block.linears()))
+            return held + max(self._fitted_bytes([linear]) for linear in block.linears())
         attention, mlp = block.attention, block.mlp
         groups = (attention.inputs, [attention.output], mlp.inputs, [mlp.down])
         copies = 2 if self.folds else 1  # the quantized weights as floats, and the folded ones
@@ -162,12 +162,23 @@ class Work:
     def _logits_bytes(self) -> int:
         """What the reference's logits take, with the head as floats, and those that are held against them."""
         head = self.spec.head.weight
-        dense = FLOAT if self._scheme_of(head.name) is None else DENSE_BYTES
-        return dense * head.count + LOGITS * FLOAT * COUNT * LENGTH * self.spec.vocab_size
+        held = 0 if self.spec.tied else self._held([head])
+        dense = 0 if self._scheme_of(head.name) is None else DENSE_BYTES
+        return held + dense * head.count + LOGITS * FLOAT * COUNT * LENGTH * self.spec.vocab_size
 
     def _fitted_bytes(self, linears: Sequence[Linear]) -> int:
-        moment = 0 if self.tokens is None else MOMENT_BYTES * linears[0].in_features ** 2
-        return moment + FITTED_BYTES * sum(linear.weight.count for linear in linears)
+        """Linears with the same inputs: fitted as one; some rows at a time where there are no inputs to fit to."""
+        if self.tokens is None:
+            return max(map(self._rounded_bytes, linears))
+        moment = MOMENT_BYTES * linears[0].in_features ** 2
+        return moment + sum(self._weight_bytes(linear) * linear.weight.count for linear in linears)
+
+    def _rounded_bytes(self, linear: Linear) -> int:
+        count = linear.weight.count if linear.transposed else min(linear.weight.count, CHUNK_WEIGHTS)
+        return self._weight_bytes(linear) * count
+
+    def _weight_bytes(self, linear: Linear) -> int:
+        return FLOAT if self._scheme_of(linear.weight.name) is None else FITTED_BYTES
 
     def _held(self, tensors: Iterable[TensorSpec]) -> int:
         """Tensors as parts and the journal have them."""
