@@ -160,7 +160,7 @@ class Work:
         return values * self.spec.hidden_size, values * block.attention.q_size
 
     def _logits_bytes(self) -> int:
-        """What the reference's logits take, with the head made into floats, or read as such, and those of the engine."""
+        """What the reference's logits take, with the head made into floats or read as such, and the engine's."""
         head = self.spec.head.weight
         held = 0 if self.spec.tied else self._held([head])
         dense = FLOAT if self._scheme_of(head.name) is None else DENSE_BYTES
