@@ -14,8 +14,11 @@ def main() -> int:
     try:
         from llmopt.cli.app import app
         from llmopt.cli.outcome import run
+        from llmopt.cli.processes import let_the_first_speak
 
-        return run(app)
+        code = run(app)
+        let_the_first_speak(code)
+        return code
     except KeyboardInterrupt:  # before there was a command to interrupt, or once more while it ended
         return 130
 

@@ -15,6 +15,7 @@ from llmopt.cli.bench import bench
 from llmopt.cli.demo import demo
 from llmopt.cli.generate import generate
 from llmopt.cli.inspect import inspect
+from llmopt.cli.processes import before_command
 from llmopt.cli.quantize import quantize
 from llmopt.cli.run import run
 from llmopt.cli.streams import write_out
@@ -54,5 +55,6 @@ def _before(
 ) -> None:
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    before_command(context.invoked_subcommand)
     if context.invoked_subcommand is None:
         write_out(context.get_help() + "\n")

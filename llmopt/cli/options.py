@@ -35,7 +35,10 @@ Seed = Annotated[
     int | None, typer.Option("--seed", min=0, metavar="N", help="Every random draw comes from it (default 0).")
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, metavar="N", help="Threads to compute with (default: all cores).")
+    int | None,
+    typer.Option(
+        "--threads", min=1, metavar="N", help="Threads to compute with, in each process (default: all cores)."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the artifact that stands at the output.")]
 ResumeFlag = Annotated[
@@ -76,17 +79,19 @@ def resume_choice(resume: bool, restart: bool) -> "Resume":
 
 
 def thread_count(flag: int | None, recipe: int | None = None) -> int:
-    """Threads to compute with: the flag, then the recipe, then LLMOPT_THREADS, then all cores that may be used.
+    """Threads to compute with: the flag, then the recipe, then LLMOPT_THREADS, then all cores that may be used, which
+    the processes that torchrun starts on one machine share.
 
     Raises:
         UsageError: the environment names no number of threads.
     """
     from llmopt.errors import UsageError
     from llmopt.measure.host import usable_cores
+    from llmopt.pipeline.ranks import processes_here
 
     named = os.environ.get("LLMOPT_THREADS", "")
     if flag or recipe or not named:
-        return flag or recipe or usable_cores()
+        return flag or recipe or max(1, usable_cores() // processes_here())
     if not named.isdecimal() or int(named) < 1:
         raise UsageError(
             f"{named!r} is no number of threads", where="LLMOPT_THREADS", hint="unset it, or give 1 or more"

@@ -24,7 +24,9 @@ from llmopt.cli.options import (
     resume_choice,
     thread_count,
 )
+from llmopt.cli.outcome import explain as explained
 from llmopt.cli.outcome import resumable
+from llmopt.cli.processes import require_one_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from llmopt.quantize.assign import Override
     from llmopt.report.results import LayerResult
 
-FORMATS = ("onnx", "hf")
+FORMATS = ("onnx", "hf", "gptq")
 
 
 def quantize(
@@ -102,7 +104,12 @@ def quantize(
         ),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="With --budget: what each group of layers got, and the next best.")
+        bool,
+        typer.Option(
+            "--explain",
+            help="Show what each step takes of memory; and with --budget what each group of layers got, and the next "
+            "best.",
+        ),
     ] = False,
     plot: Annotated[
         Path | None,
@@ -113,7 +120,8 @@ def quantize(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="What to write: onnx, for onnxruntime and its genai; hf, compressed-tensors for transformers.",
+            help="What to write: onnx, for onnxruntime and its genai; hf, compressed-tensors for transformers; "
+            "gptq, the checkpoints that GPTQModel reads, and vLLM too.",
         ),
     ] = "onnx",
     revision: Revision = None,
@@ -133,7 +141,8 @@ def quantize(
     opened and held against the quantized model in torch; if they differ, nothing is left behind.
 
     A method that looks at inputs keeps its finished parts in a journal beside the output until that is whole: after a
-    Ctrl-C, a crash or a full disk the same command goes on where it stopped, to the same bytes.
+    Ctrl-C, a crash or a full disk the same command goes on where it stopped, to the same bytes. Several
+    processes divide its work among them: torchrun --nproc-per-node 2 -m llmopt quantize …
 
     Example: llmopt quantize demo -o demo-int4 --scheme w4a16 --override lm_head=w8a16
     """
@@ -174,6 +183,7 @@ def quantize(
     )
     console = Console(json=json, quiet=quiet)
     if dry_run:
+        require_one_process("--dry-run")
         show_plan(request, console, shown)
     else:
         show_result(request, console, shown)
@@ -198,18 +208,22 @@ def show_plan(request: "QuantizeRequest", console: Console, shown: Shown) -> Non
 
     check_destination(request.output, force=request.force)
     prepared = with_plan(prepare(request, console.progress), console.progress)
-    prepared.require_room()
-    layers = planned_layers(prepared)
+    needed, layers = prepared.require_room(), planned_layers(prepared)
     value = {
         "schema": "llmopt.quantize-plan/1",
         "model": request.model,
         "output": str(request.output),
         "estimated_bytes": prepared.estimated_bytes,
+        "estimate": needed.to_json(),
         "layers": [layer.to_json() for layer in layers],
         "notes": list(prepared.notes),
     }
-    lines = [f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB; nothing was done"]
-    lines = [*prepared.notes, *lines]
+    lines = [
+        *prepared.notes,
+        *shown.memory(needed),
+        f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB",
+        f"{needed}; nothing was done",
+    ]
     if prepared.plan is not None:
         value["budget"] = plan_json(prepared.plan, explain(prepared.plan))
         lines = [plan_line(prepared.plan), *lines]
@@ -234,39 +248,56 @@ def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
 
 def show_result(request: "QuantizeRequest", console: Console, shown: Shown) -> None:
     """Do it, and say what came of it."""
+    from llmopt.measure.memory import peak_rss_bytes
     from llmopt.pipeline.quantize import quantize as do_quantize
+    from llmopt.pipeline.ranks import joined
 
-    with resumable([request.output]):
-        result = do_quantize(request, console.progress)
-    value = {"path": str(result.path)} | result.report.to_json()
+    with joined(explained) as ranks, resumable([request.output]):
+        result = do_quantize(request, console.progress, ranks)
+    peak_bytes = peak_rss_bytes()
+    memory = {"predicted_bytes": result.needed.memory_bytes, "peak_bytes": peak_bytes}
+    value = {"path": str(result.path)} | result.report.to_json() | {"memory": memory}
     if result.plan is not None:
         shown.draw(result.plan)
     layers = result.report.candidates[0].layers
-    console.result(value, drawing(layers, outcome_lines(result, request.model), shown.table(result.plan)))
+    lines = [*shown.memory(result.needed, peak_bytes), *outcome_lines(result, request.model)]
+    console.result(value, drawing(layers, lines, shown.table(result.plan)))
 
 
 def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:
     """The artifact in a few lines, and what to do with it and the model that it was made from."""
     size = result.report.candidates[0].metrics["size_bytes"]
     assert size is not None
-    exact, shipped = result.verification.exact, result.verification.shipped
+    exact = result.verification.exact
     fitted = "calibration" in result.report.settings
     return [
         *(["relative errors are those of weights: fitting to inputs raises them, to lower those of outputs"] * fitted),
         f"wrote {result.path}: {size.value / 1e6:,.1f} MB",
         f"the artifact against the quantized model in torch, on {exact.tokens} tokens:",
         f"  in float32: relative error {exact.relative_error:.1e}, top-1 agreement {exact.top1_agreement:.1%}",
-        f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}",
+        shipped_line(result),
         *result.report.notes,
         *next_steps(result, model),
     ]
 
 
+def shipped_line(result: "QuantizeResult") -> str:
+    """What its own engine makes of the artifact."""
+    shipped = result.verification.shipped
+    if shipped is None:
+        return "  as it ships: not run here, for that takes the engine that it is for"
+    return (
+        f"  as it ships: KL divergence {shipped.kl_divergence:.1e} nats, top-1 agreement {shipped.top1_agreement:.1%}"
+    )
+
+
 def next_steps(result: "QuantizeResult", model: str) -> list[str]:
     """What opens the artifact."""
+    path = shlex.quote(str(result.path))
     if result.manifest.format == "hf":
         return [f"next: transformers.AutoModelForCausalLM.from_pretrained({str(result.path)!r})"]
-    path = shlex.quote(str(result.path))
+    if result.manifest.format == "gptq":
+        return [f"next: vllm serve {path}", f"      gptqmodel.GPTQModel.load({str(result.path)!r})"]
     return [f"next: llmopt bench {path} --baseline {shlex.quote(model)}", f"      llmopt generate {path} PROMPT"]
 
 

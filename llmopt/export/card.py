@@ -13,6 +13,7 @@ import yaml
 
 from llmopt.artifact import Manifest
 from llmopt.calibrate.text import BUILT_IN_CALIBRATION
+from llmopt.export.opening import GENAI, OPENING
 from llmopt.report.markdown import code, comparison_table, escape, layer_table
 from llmopt.report.results import METRICS, TIMING_METRICS, Report
 from llmopt.words import counted
@@ -22,39 +23,6 @@ TIMELESS = frozenset(METRICS) - TIMING_METRICS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BITS = re.compile(r"w(\d+)a\d+")
-
-_GENAI = """\
-With [onnxruntime-genai](https://github.com/microsoft/onnxruntime-genai):
-
-```python
-import onnxruntime_genai as og
-
-model = og.Model(".")
-tokenizer = og.Tokenizer(model)
-parameters = og.GeneratorParams(model)
-parameters.set_search_options(max_length=200)
-generator = og.Generator(model, parameters)
-generator.append_tokens(tokenizer.encode("In the morning"))
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
-```"""
-
-
-_LLMOPT = 'With llmopt, in this folder:\n\n```sh\nllmopt generate . "In the morning"\n```'
-
-HF = "hf"
-_TRANSFORMERS = """\
-With transformers and compressed-tensors, in this folder:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(".")
-tokenizer = AutoTokenizer.from_pretrained(".")
-inputs = tokenizer("In the morning", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +62,8 @@ def card_text(card: Card) -> str:
         "## Measured",
         _measured(card),
         "## Run it",
-        _TRANSFORMERS if card.manifest.format == HF else _LLMOPT,
-        *([_GENAI] if card.genai else []),
+        OPENING[card.manifest.format].run,
+        *([GENAI] if card.genai else []),
         "## Make it again",
         f"```sh\n{_command(card.manifest)}\n```",
     ]
@@ -115,7 +83,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
         "library_name": _library(card),
         "pipeline_tag": "text-generation",
         "tags": [
-            "compressed-tensors" if manifest.format == HF else "onnx",
+            OPENING[manifest.format].tag,
             "quantized",
             *([f"int{bits[1]}"] if bits else []),
             "llmopt",
@@ -125,9 +93,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
 
 
 def _library(card: Card) -> str:
-    if card.manifest.format == HF:
-        return "transformers"
-    return "onnxruntime-genai" if card.genai else "onnxruntime"
+    return "onnxruntime-genai" if card.genai else OPENING[card.manifest.format].library
 
 
 def _title(manifest: Manifest) -> str:
@@ -145,7 +111,7 @@ def _introduction(card: Card) -> str:
     )
     revision = f" at revision {code(manifest.source.revision)}" if manifest.source.revision else ""
     architecture = f" ({code(card.architecture)})" if card.architecture else ""
-    written = "compressed-tensors for transformers" if manifest.format == HF else "ONNX for onnxruntime"
+    written = OPENING[manifest.format].written
     return (
         f"{escape(manifest.source.name)}{architecture}{revision}, quantized{scheme} and written as {written}. "
         f"The weights that it was made from have the fingerprint {code(manifest.source.fingerprint)}."

@@ -2,7 +2,10 @@
 
 The hidden states of all windows go through a block in four steps, one for each group of linears that share an input.
 Before a group is quantized, what enters it is summed up; behind it, the windows go on through the quantized weights, so
-each layer is fitted to what the layers before it really give. One block is in memory, and the hidden states.
+each layer is fitted to what the layers before it really give. One block is in memory, and as much of the hidden states
+as `States` keeps there.
+
+Of several processes each has some of the windows, and they add up what they find.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +24,8 @@ from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.finite import OVERFLOW_HINT
+from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.spill import States
 from llmopt.quantize.execute import round_rows
 from llmopt.quantize.fold import InputSample
 from llmopt.quantize.method import InputStatistics
@@ -67,15 +72,24 @@ class Bounded:
     and weights would be fitted to them alone, though the norm behind takes their size away.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.typical = 0.0  # squared size, of the median token in the first window that has any
+        self.is_agreed = False
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """The inputs of some tokens, [tokens, in], none of them larger than a typical one."""
         square_N = x_NI.square().sum(-1)
         if self.typical == 0:
-            self.typical = float(square_N.median()) or float(square_N.mean())
+            self.agree(float(square_N.median()) or float(square_N.mean()))
         return x_NI * (self.typical / square_N.clamp_min(TINY)).clamp_max_(1).sqrt_()[:, None]
+
+    def agree(self, typical: float = 0.0) -> None:
+        """Take the size that the first process found which found any; asked once, when each has seen a window."""
+        if not self.is_agreed:
+            self.is_agreed = True
+            typical = next(filter(None, self.ranks.gather(typical)), 0.0)
+        self.typical = typical
 
 
 class Moment:
@@ -84,10 +98,11 @@ class Moment:
     It is symmetric, and products of panels that lie above the diagonal are not computed: 5/8 of the work with 4 panels.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.sum_II = torch.zeros((width, width))  # below the diagonal, and a little above it
         self.tokens = 0
-        self.bounded = Bounded()
+        self.bounded = Bounded(ranks)
         self.panel = max(MIN_PANEL, -(-width // PANELS))
 
     def add(self, x_BTI: Tensor) -> None:
@@ -99,28 +114,33 @@ class Moment:
         self.tokens += len(x_NI)
 
     def statistics(self, name: str) -> InputStatistics:
-        """The mean.
+        """The mean, over the tokens of all processes.
 
         Raises:
             LlmoptError: the inputs of the linear of that name are not finite, or there were none.
         """
-        if self.tokens == 0:
+        if not self.bounded.is_agreed:  # this process had no window of those that were looked at
+            self.bounded.agree()
+        self.ranks.add_up(self.sum_II)
+        tokens = sum(self.ranks.gather(self.tokens))
+        if tokens == 0:
             hint = "give more text with --calib, or --ignore the linear"
             raise LlmoptError("no token of the calibration text reached a linear", where=name, hint=hint)
         if not bool(self.sum_II.isfinite().all()):
             what = "in calibration the inputs of a linear are NaN or infinite, or their squares are"
             raise LlmoptError(what, where=name, hint=OVERFLOW_HINT)
-        lower_II = self.sum_II.tril().div_(self.tokens)
-        return InputStatistics(tokens=self.tokens, second_moment_II=lower_II + lower_II.tril(-1).T)
+        lower_II = self.sum_II.tril().div_(tokens)
+        return InputStatistics(tokens=tokens, second_moment_II=lower_II + lower_II.tril(-1).T)
 
 
 class Sampler:
-    """Every so many of the inputs that come window by window, bounded."""
+    """Every so many of the inputs that come window by window, bounded; `seen` of them other processes have before."""
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, stride: int, seen: int, ranks: Ranks) -> None:
         self.stride = stride
-        self.seen = 0
-        self.bounded = Bounded()
+        self.seen = seen
+        self.ranks = ranks
+        self.bounded = Bounded(ranks)
         self.rows: list[Tensor] = []
         self.largest_I = torch.zeros(())
 
@@ -132,16 +152,28 @@ class Sampler:
         self.seen += len(x_NI)
 
     def sample(self) -> InputSample:
-        """What was kept."""
-        return InputSample(tokens_NI=torch.cat(self.rows), largest_I=self.largest_I)
+        """What all processes kept."""
+        found = self.ranks.gather((torch.cat(self.rows), self.largest_I))
+        return InputSample(
+            tokens_NI=torch.cat([tokens_NI for tokens_NI, _ in found]),
+            largest_I=torch.stack([largest_I for _, largest_I in found]).amax(0),
+        )
 
 
-def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds]) -> None:
-    """See that there are as many tokens as the widest linear has inputs, and as many that are not just repeated.
+def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE) -> int:
+    """See that there are as many tokens that are not just repeated as the widest linear has inputs, and a window for
+    each process.
+
+    Gives how many tokens there are.
 
     Raises:
-        UsageError: there are fewer, which would leave its second moment singular.
+        UsageError: there are fewer, which would leave its second moment singular, or a process without work.
     """
+    if len(windows) < ranks.size:
+        raise UsageError(
+            f"{len(windows)} windows to calibrate on, and {ranks.size} processes to divide them among",
+            hint="start fewer processes, or give more text with --calib-tokens or --calib",
+        )
     tokens = sum(map(len, windows))
     widest = max(spec.linears(), key=lambda linear: linear.in_features)
     different = different_tokens(windows)
@@ -156,6 +188,7 @@ def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds]) -> None:
             f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
             hint="give more text with --calib, or more of it with --calib-tokens",
         )
+    return tokens
 
 
 def different_tokens(windows: Sequence[TokenIds]) -> int:
@@ -168,24 +201,30 @@ def different_tokens(windows: Sequence[TokenIds]) -> int:
 class Calibration:
     """Windows of text on their way through the model: `embedding`, then `block` for each block, then `head`.
 
+    `windows` are those of all processes, `hidden` the states of those that this one has.
+
     Raises:
-        UsageError: there are fewer tokens than a linear has inputs, which would leave its second moment singular.
+        UsageError: see `require_tokens`.
     """
 
     spec: ModelSpec
     windows: Sequence[TokenIds]
-    hidden: list[Tensor] = field(default_factory=list, init=False)
+    ranks: Ranks = ALONE
+    states: Callable[[], States] = States  # where activations of all windows are kept
+    hidden: States = field(default_factory=States, init=False)
 
     def __post_init__(self) -> None:
         """Fail before anything is read."""
-        require_tokens(self.spec, self.windows)
+        require_tokens(self.spec, self.windows, self.ranks)
+        self.own = range(len(self.windows))[self.ranks.shares(len(self.windows))[self.ranks.rank]]
         self.tables = RotaryTables(self.spec, max(map(len, self.windows)))
 
     @torch.inference_mode()
     def embedding(self, weights: Weights) -> None:
         """Look the tokens up in the table as it is stored."""
         dense = {name: densify(weight) for name, weight in weights.items()}
-        self.hidden = [embed(self.spec.embedding, dense, torch.from_numpy(ids)[None]) for ids in self.windows]
+        self.hidden = self.states()
+        self.hidden.extend(self._embedded(index, dense) for index in self.own)
 
     @torch.inference_mode()
     def head_in_float(self, read: Callable[[Iterable[TensorSpec]], dict[str, Tensor]]) -> InputStatistics:
@@ -195,7 +234,7 @@ class Calibration:
         """
         stride = max(1, sum(map(len, self.windows)) // HEAD_TOKENS)
         table = read(self.spec.embedding.tensors())
-        hidden = [embed(self.spec.embedding, table, torch.from_numpy(ids)[None]) for ids in self.windows[::stride]]
+        hidden = [self._embedded(index, table) for index in self.own if index % stride == 0]
         del table
         for block in self.spec.blocks:
             floats = read(block.tensors())
@@ -203,7 +242,7 @@ class Calibration:
                 hidden[index] = block_forward(block, floats, state, self.tables.turn(block, 0, state.shape[1]))
         norm = read(self.spec.final_norm.tensors())
         inputs = (normalize(self.spec.final_norm, norm, state) for state in hidden)
-        return _moment(self.spec.head, inputs).statistics(self.spec.head.name)
+        return self._statistics(self.spec.head, inputs)
 
     @torch.inference_mode()
     def look(self, block: Block, floats: Mapping[str, Tensor]) -> dict[str, InputSample]:
@@ -213,7 +252,8 @@ class Calibration:
         """
         stride = max(1, sum(map(len, self.windows)) // SAMPLED_TOKENS)
         readers = (block.attention.inputs[0], block.attention.output, block.mlp.inputs[0], block.mlp.down)
-        samplers = {linear.name: Sampler(stride) for linear in readers}
+        seen = sum(map(len, self.windows[: self.own.start]))
+        samplers = {linear.name: Sampler(stride, seen, self.ranks) for linear in readers}
 
         def apply(linear: Linear, x: Tensor) -> Tensor:
             if linear.name in samplers:
@@ -244,10 +284,10 @@ class Calibration:
 
         def fit(linears: Sequence[Linear], inputs: Iterable[Tensor]) -> None:
             if quantize is not None:
-                quantize(linears, _moment(linears[0], inputs).statistics(linears[0].name))
+                quantize(linears, self._statistics(linears[0], inputs))
 
         fit(attention.inputs, (enter(block.attention_norm, hidden) for hidden in self.hidden))
-        heads = []
+        heads = self.states()
         for hidden in self.hidden:
             turn = self.tables.turn(block, 0, hidden.shape[1])
             heads.append(mixed(attention, norms, enter(block.attention_norm, hidden), turn, apply=run.apply))
@@ -260,7 +300,7 @@ class Calibration:
         def inner() -> Iterator[Tensor]:
             return (activated(mlp, enter(block.mlp_norm, hidden), run.apply) for hidden in self.hidden)
 
-        wide = 4 * mlp.down.in_features * sum(map(len, self.windows))
+        wide = 4 * mlp.down.in_features * sum(len(self.windows[index]) for index in self.own)
         kept = list(inner()) if wide <= KEPT_BYTES else None
         fit([mlp.down], inner() if kept is None else kept)
         for index, x in enumerate(inner() if kept is None else kept):
@@ -271,14 +311,16 @@ class Calibration:
         """What enters the head."""
         norms = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
         inputs = (normalize(self.spec.final_norm, norms, hidden) for hidden in self.hidden)
-        return _moment(self.spec.head, inputs).statistics(self.spec.head.name)
+        return self._statistics(self.spec.head, inputs)
 
+    def _embedded(self, index: int, table: Mapping[str, Tensor]) -> Tensor:
+        return embed(self.spec.embedding, table, torch.from_numpy(self.windows[index])[None])
 
-def _moment(linear: Linear, inputs: Iterable[Tensor]) -> Moment:
-    moment = Moment(linear.in_features)
-    for x in inputs:
-        moment.add(x)
-    return moment
+    def _statistics(self, linear: Linear, inputs: Iterable[Tensor]) -> InputStatistics:
+        moment = Moment(linear.in_features, self.ranks)
+        for x in inputs:
+            moment.add(x)
+        return moment.statistics(linear.name)
 
 
 class _BlockRun:

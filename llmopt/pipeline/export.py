@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llmopt.artifact import Journal, write_json
@@ -15,6 +16,9 @@ from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.journal import PartJournal
 from llmopt.pipeline.parts import PartReader
+from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.soundness import open_tokenizer
+from llmopt.pipeline.spill import States, limit_bytes
 from llmopt.pipeline.verify import References, Verification
 from llmopt.pipeline.windows import verification_windows
 from llmopt.progress import Progress
@@ -37,6 +41,7 @@ class Export:
     folds: tuple[Fold, ...] = ()
     format: Format = ONNX
     journal: Journal | None = None  # of a calibrated method: where finished parts are kept
+    ranks: Ranks = ALONE
 
     @property
     def spec(self) -> ModelSpec:
@@ -63,10 +68,31 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
     )
     calibration = None
     if job.calibration is not None:
-        calibration = Calibration(job.spec, job.calibration.windows(job.spec, Tokenizer.from_folder(folder)))
+        windows = job.calibration.windows(job.spec, Tokenizer.from_folder(folder))
+        calibration = Calibration(job.spec, windows, job.ranks, partial(States, limit_bytes(), folder))
     layers = write_parts(job, folder, references, progress, calibration)
     del calibration  # verification needs the memory
     return layers, job.format.verify(folder, references, job.threads, progress)
+
+
+def assist(job: Export) -> None:
+    """What all processes but the first do: their share of the same parts, of which they write nothing.
+
+    Raises:
+        LlmoptError: the weights are damaged, or another process has failed.
+    """
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(job.threads)
+    assert job.calibration is not None
+    windows = job.calibration.windows(job.spec, open_tokenizer(job.source))
+    calibration = Calibration(job.spec, windows, job.ranks)
+    with open_checkpoint(job.source) as checkpoint:
+        parts = PartReader(job.spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds)
+        embedding = parts.embedding()
+        for _ in parts.blocks():
+            pass
+        parts.head(embedding)
 
 
 def write_parts(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.model.spec import Attention, Block, Linear, Mlp, Norm
+from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.quantize.fold import Fold, FoldedLinear, InputSample, best_scales
 from llmopt.quantize.scheme import Scheme
 
@@ -60,23 +61,25 @@ def multiplied(mlp: Mlp) -> Rows | None:
 
 
 def fold_block(
-    fold: Fold, block: Block, floats: Floats, samples: Mapping[str, InputSample], scheme_of: SchemeOf
+    fold: Fold,
+    block: Block,
+    floats: Floats,
+    samples: Mapping[str, InputSample],
+    scheme_of: SchemeOf,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Sequence[str]:
     """Fold wherever that leaves outputs with less error; changes `floats`, and gives the names of linears that gained.
 
-    `samples` has the inputs of each linear that is the first to read them, by its name.
+    `samples` has the inputs of each linear that is the first to read them, by its name. Several processes divide the
+    searches among them.
     """
+    # What was to stay as it is does.
+    places = [joint for joint in joints(block) if all(map(scheme_of, joint.readers)) and _may_change(joint, scheme_of)]
+    # All before any of them changes a weight: nothing that one changes is among what a later one searches with.
+    found = ranks.spread(lambda joint: _scales(fold, joint, floats, samples, scheme_of), places)
     gained: list[str] = []
-    for joint in joints(block):
-        schemes = [scheme_of(linear) for linear in joint.readers]
-        if None in schemes or not _may_change(joint.makers, scheme_of):
-            continue  # what was to stay as it is does
-        linears = [
-            FoldedLinear(floats[linear.weight.name], scheme)
-            for linear, scheme in zip(joint.readers, schemes, strict=True)
-            if scheme is not None
-        ]
-        scales_I = best_scales(fold, linears, samples[joint.readers[0].name], joint.heads)
+    for joint, scales_I in zip(places, found, strict=True):
         if scales_I is not None:
             for linear in joint.readers:
                 floats[linear.weight.name] = floats[linear.weight.name] * scales_I
@@ -85,8 +88,20 @@ def fold_block(
     return gained
 
 
-def _may_change(makers: Norm | Rows, scheme_of: SchemeOf) -> bool:
-    return isinstance(makers, Norm) or scheme_of(makers.linear) is not None
+def _scales(
+    fold: Fold, joint: Joint, floats: Floats, samples: Mapping[str, InputSample], scheme_of: SchemeOf
+) -> Tensor | None:
+    schemes = map(scheme_of, joint.readers)
+    linears = [
+        FoldedLinear(floats[linear.weight.name], scheme)
+        for linear, scheme in zip(joint.readers, schemes, strict=True)
+        if scheme is not None
+    ]
+    return best_scales(fold, linears, samples[joint.readers[0].name], joint.heads)
+
+
+def _may_change(joint: Joint, scheme_of: SchemeOf) -> bool:
+    return isinstance(joint.makers, Norm) or scheme_of(joint.makers.linear) is not None
 
 
 def _divide(joint: Joint, floats: Floats, scales_I: Tensor) -> None:

@@ -14,6 +14,7 @@ from llmopt.engine.base import TokenIds
 from llmopt.measure.host import describe_host
 from llmopt.model.spec import ModelSpec
 from llmopt.pipeline.calibration import Weights
+from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.scheme import parse_scheme
@@ -67,10 +68,12 @@ class PartJournal:
         return f"{self.choice}-{name}.safetensors"
 
 
-def journal_key(manifest: Manifest, threads: int) -> str:
-    """Hash of everything that decides the bytes: sums have another order with other threads and on other processors."""
+def journal_key(manifest: Manifest, threads: int, ranks: Ranks = ALONE) -> str:
+    """Hash of everything that decides the bytes: sums have another order with other threads and on other processors,
+    and where other processes have a share of them.
+    """
     host = describe_host(threads)
-    causes = [manifest.key, threads, host["cpu"], host["isa"]]
+    causes = [manifest.key, *ranks.gather([threads, host["cpu"], host["isa"]])]
     return hashlib.sha256(json.dumps(causes).encode()).hexdigest()
 
 

@@ -58,6 +58,10 @@ class ExceededError(BudgetError):
         super().__init__(what, hint="a larger budget, or a method that loses less: --method gptq")
         self.correction = correction
 
+    def __reduce__(self) -> tuple[type["ExceededError"], tuple[str, Correction]]:
+        """As it goes from one process to others."""
+        return ExceededError, (self.what, self.correction)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:

@@ -12,6 +12,7 @@ from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 from llmopt.pipeline.calibration import Calibration, Weights
 from llmopt.pipeline.folding import fold_block
 from llmopt.pipeline.journal import EMBEDDING, HEAD, Part, PartJournal, block_name
+from llmopt.pipeline.ranks import ALONE
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import InputStatistics, Method
@@ -38,6 +39,9 @@ class PartReader:
     scale the weights of a block before they are quantized. A table is rounded to nearest, for it has no inputs; but one
     that serves as the head is fitted to those of the head. Parts that a `journal` has are not made again; those that it
     lacks are put there.
+
+    Several processes read the same parts, each with the calibration's own `ranks`: the rows are divided among them, and
+    all end with the same weights. The first of them has the journal.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class PartReader:
         self.calibration = calibration
         self.folds = folds
         self.journal = journal
+        self.ranks = ALONE if calibration is None else calibration.ranks
         self.folded: dict[str, Tensor] = {}  # of the block at hand; linears as [out, in]
         self.folds_of: dict[str, list[str]] = {}
 
@@ -96,7 +101,7 @@ class PartReader:
 
     def _kept(self, name: str, make: Callable[[], Part], replay: Callable[[Part], None] | None = None) -> Part:
         """A part out of the journal, replayed, or else made and put there."""
-        part = None if self.journal is None else self.journal.read(name)
+        part = self.ranks.of_first(lambda: None if self.journal is None else self.journal.read(name))
         if part is None:
             part = make()
             if self.journal is not None:
@@ -141,7 +146,7 @@ class PartReader:
             floats[linear.weight.name] = self._read_linear(linear.weight, transposed=linear.transposed)
         for fold in self.folds:
             samples = self.calibration.look(block, floats)
-            for name in fold_block(fold, block, floats, samples, self._scheme_of):
+            for name in fold_block(fold, block, floats, samples, self._scheme_of, ranks=self.ranks):
                 self.folds_of.setdefault(name, []).append(fold.name)
         self.folded = floats
 
@@ -167,8 +172,10 @@ class PartReader:
         """What a method makes of linears above one another: what it finds from their inputs, it finds once."""
         assert method.rows_are_independent, method.name
         weights = [self._read_linear(linear.weight, transposed=linear.transposed) for linear in linears]
-        whole = method.quantize(torch.cat(weights), scheme, inputs)
-        parts = split_rows(whole, [len(weight) for weight in weights])
+        weight_OI = torch.cat(weights)
+        shares = [share for share in self.ranks.shares(len(weight_OI)) if share.start < share.stop]
+        found = self.ranks.spread(lambda rows: method.quantize(weight_OI[rows], scheme, inputs), shares)
+        parts = split_rows(stack_rows(found), [len(weight) for weight in weights])
         return [
             (part, self._result(linear.name, part, part.relative_error(weight), method.name))
             for linear, weight, part in zip(linears, weights, parts, strict=True)
@@ -201,13 +208,15 @@ class PartReader:
             return quantized, self._result(name, quantized, quantized.relative_error(weight), method.name)
         rows, columns = tensor.shape
         step = max(1, CHUNK_WEIGHTS // columns)
-        chunks, error, norm = [], 0.0, 0.0
-        for start in range(0, rows, step):
+
+        def quantize_rows(start: int) -> tuple[QuantizedWeight, float, float]:
             weight = self.checkpoint.read_rows(tensor, start, min(rows, start + step))
-            chunks.append(method.quantize(weight, scheme, inputs))
-            error += float((weight - chunks[-1].dequantize()).square().sum(dtype=torch.float64))
-            norm += float(weight.square().sum(dtype=torch.float64))
-        quantized = stack_rows(chunks)
+            chunk = method.quantize(weight, scheme, inputs)
+            error = float((weight - chunk.dequantize()).square().sum(dtype=torch.float64))
+            return chunk, error, float(weight.square().sum(dtype=torch.float64))
+
+        chunks, errors, norms = zip(*self.ranks.spread(quantize_rows, range(0, rows, step)), strict=True)
+        quantized, error, norm = stack_rows(list(chunks)), sum(errors), sum(norms)
         return quantized, self._result(name, quantized, (error / norm) ** 0.5 if norm else 0.0, method.name)
 
     def _result(

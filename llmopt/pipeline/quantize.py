@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from llmopt.artifact import (
     Resume,
     Source,
     check_destination,
-    check_free_disk,
     discard_journal,
     journal,
     staged,
@@ -30,7 +30,8 @@ from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText, require_tokens
-from llmopt.pipeline.export import Export, export
+from llmopt.pipeline.estimate import Estimate, Work
+from llmopt.pipeline.export import Export, assist, export
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.formats.registry import find_format
@@ -44,11 +45,14 @@ from llmopt.pipeline.mixed import (
     fixed_layers,
     outcome_json,
     outcome_note,
+    overhead_bytes,
     planned,
     require_float_activations,
 )
 from llmopt.pipeline.parts import fits_table
+from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
+from llmopt.pipeline.spill import limit_bytes
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.budget import Budget, SizeBudget
 from llmopt.precision.groups import fused_groups
@@ -107,6 +111,7 @@ class Prepared:
     mix: Mix | None = None  # for a request with a budget
     plan: Plan | None = None  # once it was made; the assignments are then its own
     notes: tuple[str, ...] = ()  # about the model
+    tokens: int | None = None  # that this process calibrates on, for a method that looks at inputs
 
     @property
     def estimated_bytes(self) -> int:
@@ -123,13 +128,23 @@ class Prepared:
         rounded = self.method.needs_inputs and not fits_table(spec, self.assignments[layer].scheme, self.method)
         return Rtn.name if rounded else self.method.name
 
-    def require_room(self) -> None:
-        """See that what will be written fits on the disk.
+    def require_room(self) -> Estimate:
+        """See that memory and disk suffice; gives what is needed of both, once a budget has its plan.
 
         Raises:
-            ResourceError: it does not.
+            ResourceError: they do not.
         """
-        check_free_disk(self.request.output.parent, self.estimated_bytes)
+        work = Work(
+            spec=self.source.spec,
+            assignments=self.assignments,
+            format=self.format,
+            tokens=self.tokens,
+            folds=bool(self.folds),
+            limit_bytes=limit_bytes(),
+        )
+        needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
+        needed.require_room(self.request.output)
+        return needed
 
     def manifest(self) -> Manifest:
         """The manifest without its files; its key says whether an artifact is the one that this would write."""
@@ -150,16 +165,20 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeResult:
-    """The artifact, its report, how far its graph is from the quantized model in torch, and the plan of a budget."""
+    """The artifact, its report, how far its graph is from the quantized model in torch, and the plan of a budget.
+
+    `needed` is what was predicted that it would take.
+    """
 
     path: Path
     manifest: Manifest
     report: Report
     verification: Verification
+    needed: Estimate
     plan: Plan | None = None
 
 
-def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
+def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) -> Prepared:
     """Find the model and decide what each layer gets, without reading a weight.
 
     Raises:
@@ -170,6 +189,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     format_, folds = find_format(request.format), find_folds(request.method)
     require_measurable(request)
     require_journal(request)
+    require_spreadable(request, ranks)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
@@ -178,9 +198,9 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore, format_.tables)
     format_.check_layers(source.spec, assignments)
     calibration = calibration_text(request, method, progress)
-    tokenizer = open_tokenizer(source)
+    tokenizer, tokens = open_tokenizer(source), None
     if calibration is not None and looks_at_inputs(request.method):
-        require_tokens(source.spec, calibration.windows(source.spec, tokenizer))
+        tokens = require_tokens(source.spec, calibration.windows(source.spec, tokenizer), ranks) // ranks.size
     note = unknown_tensors_note(source)
     mix = None
     if request.budget is not None:
@@ -208,6 +228,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Prepared:
         calibration=calibration,
         mix=mix,
         notes=() if note is None else (note,),
+        tokens=tokens,
     )
 
 
@@ -234,6 +255,34 @@ def require_journal(request: QuantizeRequest) -> None:
         raise UsageError(f"method {request.method} takes seconds, and keeps no journal", hint="leave --resume out")
 
 
+def require_spreadable(request: QuantizeRequest, ranks: Ranks) -> None:
+    """See that there is work for several processes.
+
+    Raises:
+        UsageError: there is not, and there are several.
+    """
+    if ranks.size > 1 and not looks_at_inputs(request.method):
+        raise UsageError(
+            f"method {request.method} reads no text that {ranks.size} processes could divide among them",
+            hint="run it without torchrun, or take another method: --method gptq",
+        )
+
+
+def require_same_work(manifest: Manifest, ranks: Ranks) -> None:
+    """See that all processes are about to write the same.
+
+    Raises:
+        UsageError: their models, texts, options or versions differ.
+    """
+    keys = ranks.gather(manifest.key)
+    other = next((rank for rank, key in enumerate(keys) if key != keys[0]), None)
+    if other is not None:
+        raise UsageError(
+            f"process {other} has another model, text, version of a library or option than process 0",
+            hint="give all machines the same",
+        )
+
+
 def calibration_text(request: QuantizeRequest, method: Method, progress: Progress) -> CalibrationText | None:
     """What a budget, or a method that needs inputs, is given to read.
 
@@ -252,19 +301,22 @@ def calibration_text(request: QuantizeRequest, method: Method, progress: Progres
     return CalibrationText(corpus=corpus, tokens=request.calib_tokens or CALIBRATION_TOKENS)
 
 
-def quantize(request: QuantizeRequest, progress: Progress | None = None) -> QuantizeResult:
+def quantize(request: QuantizeRequest, progress: Progress | None = None, ranks: Ranks = ALONE) -> QuantizeResult:
     """Quantize a model into an artifact folder, which appears whole or not at all.
+
+    Of several processes each has to call this; the first of them writes, and all get the result.
 
     Raises:
         LlmoptError: the output may not be written; see `prepare`; or the weights are damaged, the disk is full, or the
             export does not compute what the quantized model computes.
     """
     progress = progress or Silent()
-    check_destination(request.output, force=request.force)
-    return execute(prepare(request, progress), progress)
+    if ranks.is_first:
+        check_destination(request.output, force=request.force)
+    return execute(prepare(request, progress, ranks), progress, ranks)
 
 
-def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
+def execute(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> QuantizeResult:
     """Do what was prepared, from where an earlier run of the same was stopped.
 
     Raises:
@@ -273,48 +325,71 @@ def execute(prepared: Prepared, progress: Progress) -> QuantizeResult:
     request = prepared.request
     if not looks_at_inputs(request.method):
         discard_journal(request.output, progress)
-        return write_within_budget(prepared, None, progress)
-    key = journal_key(prepared.manifest(), request.threads)
+        return write_within_budget(prepared, None, progress, ranks)
+    manifest = prepared.manifest()
+    require_same_work(manifest, ranks)
+    key = journal_key(manifest, request.threads, ranks)
+    if not ranks.is_first:
+        return write_within_budget(prepared, None, progress, ranks)
     with journal(request.output, key, request.resume, progress) as kept:
-        return write_within_budget(prepared, kept, progress)
+        return write_within_budget(prepared, kept, progress, ranks)
 
 
-def write_within_budget(prepared: Prepared, kept: Journal | None, progress: Progress) -> QuantizeResult:
+def write_within_budget(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks) -> QuantizeResult:
     """Write an artifact; under a budget, again with what was learnt, where one was not within it."""
     if prepared.mix is None:
-        return write(prepared, kept, progress)
-    prepared = with_plan(prepared, progress)
+        return write(prepared, kept, progress, ranks)
+    prepared = with_plan(prepared, progress, ranks)
     for _ in range(ROUNDS - 1):
         try:
-            return write(prepared, kept, progress)
+            return write(prepared, kept, progress, ranks)
         except ExceededError as exceeded:
             assert prepared.plan is not None
             progress.say(f"{exceeded.what}: once more, with what was learnt")
-            prepared = _planned(prepared, solve(prepared.plan.problem, prepared.plan.budget, exceeded.correction))
-    return write(prepared, kept, progress)
+            plan, correction = prepared.plan, exceeded.correction
+            prepared = _planned(prepared, ranks.of_first(partial(solve, plan.problem, plan.budget, correction)))
+    return write(prepared, kept, progress, ranks)
 
 
-def with_plan(prepared: Prepared, progress: Progress) -> Prepared:
+def with_plan(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> Prepared:
     """The same with the schemes that its budget is best spent on, which takes reading all weights.
 
     Raises:
         LlmoptError: the weights are damaged, or nothing is within the budget.
     """
-    return prepared if prepared.mix is None else _planned(prepared, prepared.mix.plan(progress))
+    mix = prepared.mix
+    return prepared if mix is None else _planned(prepared, ranks.of_first(lambda: mix.plan(progress)))
 
 
 def _planned(prepared: Prepared, plan: Plan) -> Prepared:
     return dataclasses.replace(prepared, plan=plan, assignments=planned(prepared.assignments, plan))
 
 
-def write(prepared: Prepared, kept: Journal | None, progress: Progress) -> QuantizeResult:
+def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks) -> QuantizeResult:
     """Write an artifact with the schemes that are assigned; finished parts are kept in a journal.
 
     Raises:
         LlmoptError: see `quantize`.
     """
+    job = _export(prepared, kept, ranks)
+    if not ranks.is_first:
+        assist(job)
+
+    def outcome() -> QuantizeResult | ExceededError:
+        try:
+            return _written(prepared, job, progress)
+        except ExceededError as exceeded:
+            return exceeded
+
+    found = ranks.of_first(outcome)
+    if isinstance(found, ExceededError):
+        raise found
+    return found
+
+
+def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks) -> Export:
     request = prepared.request
-    job = Export(
+    return Export(
         source=prepared.source,
         assignments=prepared.assignments,
         method=prepared.method,
@@ -324,8 +399,14 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress) -> Quant
         folds=prepared.folds,
         format=prepared.format,
         journal=kept,
+        ranks=ranks,
     )
-    prepared.require_room()
+
+
+def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeResult:
+    request = prepared.request
+    needed = prepared.require_room()
+    progress.say(f"{request.output.name} {needed}")
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
         loss = None
@@ -339,7 +420,12 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress) -> Quant
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")
     return QuantizeResult(
-        path=request.output, manifest=manifest, report=report, verification=verification, plan=prepared.plan
+        path=request.output,
+        manifest=manifest,
+        report=report,
+        verification=verification,
+        needed=needed,
+        plan=prepared.plan,
     )
 
 

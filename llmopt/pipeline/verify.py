@@ -53,12 +53,12 @@ class Agreement:
 class Verification:
     """Held against the quantized model in torch with float32 activations.
 
-    `exact` is the graph with float32 activations too, `shipped` the graph as it is, and `rounded` the model in torch
-    with activations rounded, where the scheme says so.
+    `exact` is the graph with float32 activations too, `shipped` the graph as it is (None where the engine that opens it
+    was not run), and `rounded` the model in torch with activations rounded, where the scheme says so.
     """
 
     exact: Agreement
-    shipped: Agreement
+    shipped: Agreement | None
     rounded: Agreement | None
 
 

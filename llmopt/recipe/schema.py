@@ -112,8 +112,8 @@ class QuantizeStep(_Section):
     """Patterns of linears that keep their weights."""
     overrides: dict[str, Scheme] = {}
     """Another scheme for the linears whose names match a pattern."""
-    format: Literal["onnx", "hf"] = "onnx"
-    """What the artifact is written as: onnx for onnxruntime, hf for transformers."""
+    format: Literal["onnx", "hf", "gptq"] = "onnx"
+    """What the artifact is written as: onnx for onnxruntime, hf for transformers, gptq for GPTQModel and vLLM."""
 
 
 class Step(_Section):

@@ -1,16 +1,23 @@
 """Format hf: what is packed is what compressed-tensors packs, and transformers opens it and computes the same."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from safetensors.torch import load_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import OPTConfig
 
-from llmopt.errors import LlmoptError, UsageError
+from llmopt.artifact import load_manifest
+from llmopt.errors import LlmoptError, UnsupportedError, UsageError
+from llmopt.model.families import spec_from_config
+from llmopt.pipeline.formats.hf import HF
 from llmopt.pipeline.quantize import QuantizeRequest, QuantizeResult, prepare, quantize
 from llmopt.progress import Silent
+from llmopt.quantize.assign import assign
 from llmopt.quantize.pack import pack_words
 from llmopt.quantize.scheme import parse_scheme
 from tests.whole_way import CommandLine, bytes_of
@@ -24,29 +31,6 @@ def request(model: Path, output: Path, scheme: str = "w4a16-sym", **more: object
 
 def written(model: Path, output: Path, scheme: str = "w4a16-sym", **more: object) -> QuantizeResult:
     return quantize(request(model, output, scheme, **more))
-
-
-@pytest.fixture(scope="session")
-def tiny_qwen2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny_qwen2")
-    torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=128,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
-    model = Qwen2ForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tiny_llama / name).read_bytes())
-    return folder
 
 
 @pytest.mark.parametrize(("bits", "columns"), [(4, 8), (4, 13), (8, 4), (8, 7)])
@@ -69,6 +53,86 @@ def test_transformers_computes_what_the_quantized_model_computes(
     assert names["lm_head"].scheme is None
     assert names["lm_head"].reason
     assert names["model.layers.1.mlp.down_proj"].scheme == parse_scheme(scheme).name
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides"),
+    [
+        ("w4a16-sym", {"down_proj": "w8a16"}),
+        ("w4a16-sym", {"layers.0.*": "w8a16", "o_proj": "w8a8"}),
+        ("w8a8", {"*.mlp.*": "w4a16-g64-sym"}),
+        ("w8a16", {"down_proj": "w8a16-channel-sym"}),
+    ],
+)
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])
+def test_symmetric_schemes_mix(
+    model: str, scheme: str, overrides: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    parsed = tuple((pattern, parse_scheme(text)) for pattern, text in overrides.items())
+    result = written(request.getfixturevalue(model), tmp_path / "out", scheme, overrides=parsed)
+    assert result.verification.exact.relative_error < 1e-5
+    names = {layer.scheme for layer in result.report.candidates[0].layers}
+    assert names == {None, parse_scheme(scheme).name, *(found.name for _, found in parsed)}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"), [("w4a16", "smoothquant+gptq"), ("w4a16-sym", "awq+gptq"), ("w8a8", "smoothquant")]
+)
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])
+def test_folded_weights_are_rounded_as_they_are_stored(
+    model: str, scheme: str, method: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(model)
+    result = written(folder, tmp_path / "out", scheme, method=method, calib_tokens=512)
+    assert result.verification.exact.relative_error < 1e-5
+    methods = [layer.method or "" for layer in result.report.candidates[0].layers]
+    assert any("+" in found for found in methods), "nothing was folded"
+    before, after = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "out"))
+    floats = [name for name in after if name in before and after[name].is_floating_point()]
+    assert all(after[name].dtype == before[name].dtype for name in floats)
+    assert any(not torch.equal(after[name], before[name]) for name in floats), "no fold reached a norm or a bias"
+
+
+def test_a_recipe_writes_checkpoints_once(tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    steps = [
+        {"name": "mixed", "format": "hf", "scheme": "w4a16-sym", "overrides": {"down_proj": "w8a16"}},
+        {"name": "words", "format": "gptq", "scheme": "w4a16-sym", "method": "gptq", "calib_tokens": 512},
+    ]
+    recipe = {
+        "schema": "llmopt.recipe/1",
+        "model": str(tiny_llama),
+        "output": str(tmp_path / "out"),
+        "steps": [{"quantize": step} for step in steps],
+    }
+    file, llmopt = tmp_path / "recipe.yaml", CommandLine(capfd)
+    file.write_text(yaml.safe_dump(recipe))
+    assert llmopt("run", file).code == 0
+    formats = {path.name: load_manifest(path).format for path in (tmp_path / "out").iterdir()}
+    assert formats == {"mixed": "hf", "words": "gptq"}
+    assert llmopt("run", file).err.count("kept") == 2
+    file.write_text(yaml.safe_dump(recipe | {"bench": {}}))
+    ended = llmopt("run", file)
+    assert ended.code == 2
+    assert "step mixed has format hf" in ended.err
+
+
+def test_opt_has_no_range_of_each_token_in_transformers() -> None:
+    spec = spec_from_config(OPTConfig(architectures=["OPTForCausalLM"]).to_dict())
+    with pytest.raises(UnsupportedError, match="fc1 is to have w8a8"):
+        HF.check_layers(spec, assign(spec, parse_scheme("w8a8"), tables=HF.tables))
+    overrides = [("fc*", parse_scheme("w8a16"))]
+    HF.check_layers(spec, assign(spec, parse_scheme("w8a8"), overrides, tables=HF.tables))
+
+
+def test_a_weight_that_overflows_the_dtype_of_the_config_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = -1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedError, match=r"model\.norm\.weight reaches 1e\+05.*float16"):
+        written(folder, tmp_path / "out")
 
 
 def test_scales_are_positive(tiny_llama: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
-from llmopt.quantize.gptq import Gptq, inverse_factor
+from llmopt.quantize.gptq import Gptq, inverse_factor, inverse_of_upper
 from llmopt.quantize.int8 import LARGEST_SUM, sums_fit
 from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.rtn import Rtn
@@ -147,3 +147,12 @@ def test_nothing_that_is_given_is_changed() -> None:
     Gptq().quantize(weight, parse_scheme("w4a16"), inputs)
     assert torch.equal(weight, before[0])
     assert torch.equal(inputs.second_moment_II, before[1])
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 333])
+def test_a_triangle_is_inverted_by_halves(size):
+    upper = torch.randn((size, size), generator=torch.Generator().manual_seed(0), dtype=torch.float64).triu()
+    upper.diagonal().add_(torch.full((size,), 30.0, dtype=torch.float64))
+    inverse = inverse_of_upper(upper)
+    assert torch.equal(inverse, inverse.triu())
+    torch.testing.assert_close(inverse @ upper, torch.eye(size, dtype=torch.float64))

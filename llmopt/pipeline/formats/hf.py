@@ -21,6 +21,7 @@ from llmopt.model.source import CONFIG, ModelSource
 from llmopt.model.spec import Block, ModelSpec
 from llmopt.pipeline.calibration import Weights
 from llmopt.pipeline.formats.base import Assignments
+from llmopt.pipeline.formats.rounding import RoundingWriter
 from llmopt.pipeline.verify import (
     FLOAT_TOLERANCE,
     ROUNDING_FACTOR,
@@ -38,6 +39,10 @@ from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT_BYTES = 4
+PACKAGE_BYTES = 80 * 2**20  # of memory, for what transformers imports to open a model
+# transformers lays all tokens of opt's MLPs in one matrix, and compressed-tensors then gives them one range together.
+ONE_MATRIX = ("opt",)
 FLOAT_TABLES = TableRule(scheme=None, reason="the format hf keeps the embedding and the head as floats")
 
 
@@ -69,6 +74,7 @@ class Hf:
         compressed_tensors.require(spec, assignments)
         if all(item.scheme is None for item in assignments.values()):
             raise UsageError("no layer is quantized", hint="leave some of --ignore out")
+        _require_ranges_per_token(spec, assignments)
 
     def estimated_bytes(self, spec: ModelSpec, assignments: Assignments) -> int:
         """Every tensor; only the header is left out."""
@@ -76,18 +82,23 @@ class Hf:
         found = entries(spec, _schemes(spec, assignments), CompressedTensors(dtype), lambda tensor: dtype)
         return sum(entry.size_bytes for entry in found)
 
+    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+        """The whole model in float32, as transformers computes with it; what that is unpacked from, and mapped from."""
+        weights = FLOAT_BYTES * sum(tensor.count for tensor in spec.tensors())
+        return PACKAGE_BYTES + weights + 2 * output_bytes + logits_bytes
+
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """The model's config with what was quantized and how, and the dtype of the rest said outright."""
         own = {name: value for name, value in source.config.items() if name != "torch_dtype"}
         found = quantization_config(source.spec, assignments)
         write_json(folder / CONFIG, own | {"dtype": source.spec.dtype, "quantization_config": found})
 
-    def writer(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> "RoundingWriter":
+    def writer(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> "HfWriter":
         """Begin the files."""
         dtype = DTYPES[spec.dtype]
         packing = CompressedTensors(dtype)
         files = CheckpointWriter(folder, spec, _schemes(spec, assignments), packing, lambda tensor: dtype)
-        return RoundingWriter(files, dtype)
+        return HfWriter(files, dtype)
 
     def verify(self, folder: Path, references: References, threads: int, progress: Progress) -> Verification:
         """Open the folder as its users do, but in float32: what is stored in 16 bits is widened without loss.
@@ -115,38 +126,12 @@ class Hf:
         return Verification(exact=agreement, shipped=shipped, rounded=in_torch)
 
 
-@dataclass(frozen=True)
-class RoundingWriter:
-    """A checkpoint whose floats are rounded to one dtype, mostly that which they had."""
-
-    files: CheckpointWriter
-    dtype: torch.dtype
-
-    def embedding(self, weights: Weights) -> Weights:
-        """See `Writer`."""
-        stored = self._rounded(weights)
-        self.files.embedding(stored)
-        return stored
+class HfWriter(RoundingWriter):
+    """A checkpoint of compressed-tensors."""
 
     def block(self, block: Block, weights: Weights) -> Weights:
         """See `Writer`."""
-        stored = self._rounded(weights)
-        self.files.block(block, stored)
-        return {name: self._read_again(weight) for name, weight in stored.items()}
-
-    def head(self, weights: Weights) -> Weights:
-        """See `Writer`."""
-        stored = self._rounded(weights)
-        self.files.head(stored)
-        return stored
-
-    def save(self) -> None:
-        """See `Writer`."""
-        self.files.save()
-
-    def close(self) -> None:
-        """See `Writer`."""
-        self.files.close()
+        return {name: self._read_again(weight) for name, weight in super().block(block, weights).items()}
 
     def _read_again(self, weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
         # transformers unpacks weights with zero points while it loads, in the dtype of their scales.
@@ -154,11 +139,19 @@ class RoundingWriter:
             return weight.dequantize().to(self.dtype).float()
         return weight
 
-    def _rounded(self, weights: Weights) -> Weights:
-        return {
-            name: weight if isinstance(weight, QuantizedWeight) else weight.to(self.dtype).float()
-            for name, weight in weights.items()
-        }
+
+def _require_ranges_per_token(spec: ModelSpec, assignments: Assignments) -> None:
+    if spec.family not in ONE_MATRIX:
+        return
+    for block in spec.blocks:
+        for linear in (*block.mlp.inputs, block.mlp.down):
+            scheme = assignments[linear.name].scheme
+            if scheme is not None and scheme.activation_bits == 8:
+                raise UnsupportedError(
+                    f"{linear.name} is to have {scheme}, and transformers would round the activations of "
+                    f"{spec.family}'s MLPs by one range for all tokens, not by one a token",
+                    hint="--override 'fc*=w8a16', or --format onnx",
+                )
 
 
 def _schemes(spec: ModelSpec, assignments: Assignments) -> dict[str, Scheme | None]:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from llmopt.errors import UsageError, near_match
 from llmopt.pipeline.formats.base import Format
+from llmopt.pipeline.formats.gptq import GPTQ
 from llmopt.pipeline.formats.hf import HF
 from llmopt.pipeline.formats.onnx import ONNX
 
-FORMATS: Mapping[str, Format] = {known.name: known for known in (ONNX, HF)}
+FORMATS: Mapping[str, Format] = {known.name: known for known in (ONNX, HF, GPTQ)}
 
 
 def find_format(name: str) -> Format:
