@@ -106,7 +106,9 @@ class TestQuantize:
         text = tmp_path / "text.txt"
         keys = []
         for count in (200, 300):
-            text.write_text("Once upon a time there was a farmer. " * count)
+            text.write_text(
+                "".join(f"Once upon a time there were {number * number} farmers. " for number in range(count))
+            )
             options = ("--method", "search", "--calib", text, "--calib-tokens", "1500", "--threads", "1", "--force")
             assert llmopt("quantize", "demo", "-o", tmp_path / "out", *options).code == 0
             keys.append(load_manifest(tmp_path / "out").key)

@@ -52,9 +52,9 @@ def without_dead_outliers(weight_OI: Tensor, importance_I: Tensor, group_size: i
 
     Such weights are multiplied by nothing, and a large one would take the group's grid away from those that are.
     """
-    dead_GS = grouped(importance_I[None], group_size)[0] == 0
-    if not bool(dead_GS.any()):
+    if bool(importance_I.all()):
         return weight_OI
+    dead_GS = grouped(importance_I[None], group_size)[0] == 0
     groups_OGS = grouped(weight_OI, group_size)
     largest_OG1 = groups_OGS.abs().masked_fill(dead_GS, 0).amax(-1, keepdim=True)
     # Where no input of a group is alive, all of its weights count alike.
