@@ -22,6 +22,7 @@ METHODS: Mapping[str, str] = {
 }
 FOLDS: Mapping[str, str] = {
     "awq": "llmopt.quantize.awq:Awq",
+    "rotate": "llmopt.quantize.rotate:Rotate",
     "smoothquant": "llmopt.quantize.smoothquant:SmoothQuant",
 }
 JOIN = "+"
