@@ -1,14 +1,17 @@
-"""Peak resident memory and time of `llmopt quantize`: the reference model, and tiny models of 30 and of 120 blocks.
+"""Peak resident memory of `llmopt quantize`, beside what it predicts, and its time.
+
+The embedded model, the reference model, and tiny models of 30 and of 120 blocks, whose weights are next to nothing.
 
 python -m benchmarks.memory
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,7 +21,12 @@ from llmopt import demo
 from llmopt.model.families import spec_from_config
 from tests.reference import reference_model
 
-SCHEMES = ("w8a16", "w4a16", "w8a8")
+KINDS = (
+    ("--scheme", "w8a16"),
+    ("--scheme", "w8a8"),
+    ("--scheme", "w4a16-sym", "--method", "gptq", "--calib-tokens", "4096"),
+    ("--scheme", "w4a16", "--format", "hf"),
+)
 
 
 def tiny_model(folder: Path, blocks: int) -> Path:
@@ -37,29 +45,30 @@ def tiny_model(folder: Path, blocks: int) -> Path:
     return folder
 
 
-def measure(model: Path, output: Path, scheme: str) -> tuple[float, float]:
-    """Seconds and peak megabytes of one `llmopt quantize` process."""
-    command = [sys.executable, "-m", "llmopt", "quantize", str(model), "-o", str(output), "--scheme", scheme, "-q"]
+def measure(model: str, output: Path, options: Sequence[str]) -> tuple[float, float, float]:
+    """Seconds, and peak megabytes as predicted and as measured, of one `llmopt quantize` process."""
+    command = [sys.executable, "-m", "llmopt", "quantize", model, "-o", str(output), *options, "--json", "-q"]
     began = time.perf_counter()
-    process = subprocess.Popen([*command, "--threads", "2"], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return time.perf_counter() - began, usage.ru_maxrss / 1000  # kilobytes on Linux
+    done = subprocess.run([*command, "--threads", "2"], stdout=subprocess.PIPE, check=True)
+    seconds, memory = time.perf_counter() - began, json.loads(done.stdout)["memory"]
+    return seconds, memory["predicted_bytes"] / 1e6, memory["peak_bytes"] / 1e6
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = {
-            "reference": reference_model(),
-            "30 blocks of width 64": tiny_model(folder / "tiny30", 30),
-            "120 blocks of width 64": tiny_model(folder / "tiny120", 120),
+            "demo": "demo",
+            "30 blocks of width 64": str(tiny_model(folder / "tiny30", 30)),
+            "120 blocks of width 64": str(tiny_model(folder / "tiny120", 120)),
+            "reference": str(reference_model()),
         }
-        for scheme in SCHEMES:
-            for name, model in models.items():
-                seconds, peak_mb = measure(model, folder / f"{model.name}-{scheme}", scheme)
-                print(f"{name:24s} {scheme:8s} {seconds:6.1f} s   peak {peak_mb:7.0f} MB", flush=True)
+        for options, (name, model) in product(KINDS, models.items()):
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                seconds, predicted_mb, peak_mb = measure(model, Path(place) / "out", options)
+            told = f"{name:24s} {' '.join(options):56s} {seconds:6.1f} s"
+            ratio = peak_mb / predicted_mb
+            print(f"{told}   predicted {predicted_mb:6.0f} MB   peak {peak_mb:6.0f} MB   {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The artifact folder: it appears whole or not at all, and its manifest says what made it and what it holds."""
 
 from llmopt.artifact.files import check_free_disk, to_json_text, write_json
-from llmopt.artifact.journal import Journal, Resume, discard_journal, journal, journal_folder
+from llmopt.artifact.journal import Journal, Resume, discard_journal, journal, journal_bytes, journal_folder
 from llmopt.artifact.manifest import (
     MANIFEST,
     MODEL_CARD,
@@ -30,6 +30,7 @@ __all__ = [
     "check_free_disk",
     "discard_journal",
     "journal",
+    "journal_bytes",
     "journal_folder",
     "load_manifest",
     "read_manifest",

@@ -97,6 +97,13 @@ def journal_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.llmopt-journal")
 
 
+def journal_bytes(output: Path) -> int:
+    """What the journal of `output` takes on the disk; 0 if there is none."""
+    with suppress(FileNotFoundError):  # there is none, or it is just being removed
+        return sum(path.stat().st_size for path in journal_folder(output).iterdir())
+    return 0
+
+
 @contextmanager
 def journal(output: Path, key: str, resume: Resume, progress: Progress) -> Iterator[Journal]:
     """The journal of `output`, which goes when the block ends without an exception, and stays when it does not.

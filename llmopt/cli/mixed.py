@@ -1,10 +1,11 @@
-"""How a budget's plan is shown: `--explain` and `--plot` of `llmopt quantize`."""
+"""What lies behind a result: `--explain` and `--plot` of `llmopt quantize`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llmopt.pipeline.estimate import Estimate
     from llmopt.precision.explain import Explained
     from llmopt.precision.plan import Plan
 
@@ -14,7 +15,7 @@ PICTURES = (".png", ".svg")
 
 @dataclass(frozen=True)
 class Shown:
-    """What of a plan is to be shown beside its result."""
+    """What is to be shown beside a result."""
 
     explain: bool
     plot: Path | None
@@ -29,8 +30,8 @@ class Shown:
 
         from llmopt.errors import UsageError
 
-        if not has_budget and (self.explain or self.plot is not None):
-            raise UsageError("--explain and --plot tell of a budget, and there is none", hint="--budget 92MB")
+        if not has_budget and self.plot is not None:
+            raise UsageError("--plot draws the plan of a budget, and there is none", hint="--budget 92MB")
         if self.plot is None:
             return
         if self.plot.suffix not in PICTURES:
@@ -47,6 +48,14 @@ class Shown:
         from llmopt.precision.explain import explain
 
         return [_row(one) for one in explain(plan)]
+
+    def memory(self, needed: "Estimate", peak_bytes: int | None = None) -> list[str]:
+        """What each step was predicted to take, and what was really taken, if that was asked for and is known."""
+        if not self.explain:
+            return []
+        steps = ", ".join(f"{step} {held / 1e6:,.0f} MB" for step, held in needed.memory_by_step().items())
+        taken = [] if peak_bytes is None else [f"resident at the peak: {peak_bytes / 1e6:,.0f} MB"]
+        return [f"predicted resident memory: {steps}", *taken]
 
     def draw(self, plan: "Plan") -> None:
         """The picture, if it was asked for."""

@@ -103,7 +103,12 @@ def quantize(
         ),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="With --budget: what each group of layers got, and the next best.")
+        bool,
+        typer.Option(
+            "--explain",
+            help="Show what each step takes of memory; and with --budget what each group of layers got, and the next "
+            "best.",
+        ),
     ] = False,
     plot: Annotated[
         Path | None,
@@ -202,18 +207,22 @@ def show_plan(request: "QuantizeRequest", console: Console, shown: Shown) -> Non
 
     check_destination(request.output, force=request.force)
     prepared = with_plan(prepare(request, console.progress), console.progress)
-    prepared.require_room()
-    layers = planned_layers(prepared)
+    needed, layers = prepared.require_room(), planned_layers(prepared)
     value = {
         "schema": "llmopt.quantize-plan/1",
         "model": request.model,
         "output": str(request.output),
         "estimated_bytes": prepared.estimated_bytes,
+        "estimate": needed.to_json(),
         "layers": [layer.to_json() for layer in layers],
         "notes": list(prepared.notes),
     }
-    lines = [f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB; nothing was done"]
-    lines = [*prepared.notes, *lines]
+    lines = [
+        *prepared.notes,
+        *shown.memory(needed),
+        f"would write {request.output}: weights of {prepared.estimated_bytes / 1e6:,.1f} MB",
+        f"{needed}; nothing was done",
+    ]
     if prepared.plan is not None:
         value["budget"] = plan_json(prepared.plan, explain(prepared.plan))
         lines = [plan_line(prepared.plan), *lines]
@@ -238,16 +247,20 @@ def planned_layers(prepared: "Prepared") -> tuple["LayerResult", ...]:
 
 def show_result(request: "QuantizeRequest", console: Console, shown: Shown) -> None:
     """Do it, and say what came of it."""
+    from llmopt.measure.memory import peak_rss_bytes
     from llmopt.pipeline.quantize import quantize as do_quantize
     from llmopt.pipeline.ranks import joined
 
     with joined(explained) as ranks, resumable([request.output]):
         result = do_quantize(request, console.progress, ranks)
-    value = {"path": str(result.path)} | result.report.to_json()
+    peak_bytes = peak_rss_bytes()
+    memory = {"predicted_bytes": result.needed.memory_bytes, "peak_bytes": peak_bytes}
+    value = {"path": str(result.path)} | result.report.to_json() | {"memory": memory}
     if result.plan is not None:
         shown.draw(result.plan)
     layers = result.report.candidates[0].layers
-    console.result(value, drawing(layers, outcome_lines(result, request.model), shown.table(result.plan)))
+    lines = [*shown.memory(result.needed, peak_bytes), *outcome_lines(result, request.model)]
+    console.result(value, drawing(layers, lines, shown.table(result.plan)))
 
 
 def outcome_lines(result: "QuantizeResult", model: str) -> list[str]:

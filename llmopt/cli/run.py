@@ -66,8 +66,8 @@ def planned_line(step: "Prepared", *, force: bool) -> str:
     path = step.request.output
     if is_done(step, force=force):
         return f"{path} is there already, made from the same"
-    step.require_room()
-    return f"would write {path}: {step.estimated_bytes / 1e6:,.1f} MB"
+    needed = step.require_room()
+    return f"would write {path}: {step.estimated_bytes / 1e6:,.1f} MB; {needed}"
 
 
 def show_run(result: "RunResult", console: Console) -> None:

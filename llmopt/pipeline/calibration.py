@@ -2,7 +2,8 @@
 
 The hidden states of all windows go through a block in four steps, one for each group of linears that share an input.
 Before a group is quantized, what enters it is summed up; behind it, the windows go on through the quantized weights, so
-each layer is fitted to what the layers before it really give. One block is in memory, and the hidden states.
+each layer is fitted to what the layers before it really give. One block is in memory, and as much of the hidden states
+as `States` keeps there.
 
 Of several processes each has some of the windows, and they add up what they find.
 """
@@ -23,6 +24,7 @@ from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.spill import States
 from llmopt.quantize.execute import round_rows
 from llmopt.quantize.fold import InputSample
 from llmopt.quantize.method import InputStatistics
@@ -152,8 +154,10 @@ class Sampler:
         )
 
 
-def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE) -> None:
+def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE) -> int:
     """See that there are as many tokens as the widest linear has inputs, and a window for each process.
+
+    Gives how many there are.
 
     Raises:
         UsageError: there are fewer, which would leave its second moment singular, or a process without work.
@@ -170,6 +174,7 @@ def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = 
             f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
             hint="give more text with --calib, or more of it with --calib-tokens",
         )
+    return tokens
 
 
 @dataclass
@@ -185,7 +190,8 @@ class Calibration:
     spec: ModelSpec
     windows: Sequence[TokenIds]
     ranks: Ranks = ALONE
-    hidden: list[Tensor] = field(default_factory=list, init=False)
+    states: Callable[[], States] = States  # where activations of all windows are kept
+    hidden: States = field(default_factory=States, init=False)
 
     def __post_init__(self) -> None:
         """Fail before anything is read."""
@@ -197,7 +203,8 @@ class Calibration:
     def embedding(self, weights: Weights) -> None:
         """Look the tokens up in the table as it is stored."""
         dense = {name: densify(weight) for name, weight in weights.items()}
-        self.hidden = [self._embedded(index, dense) for index in self.own]
+        self.hidden = self.states()
+        self.hidden.extend(self._embedded(index, dense) for index in self.own)
 
     @torch.inference_mode()
     def head_in_float(self, read: Callable[[Iterable[TensorSpec]], dict[str, Tensor]]) -> InputStatistics:
@@ -260,7 +267,7 @@ class Calibration:
                 quantize(linears, self._statistics(linears[0], inputs))
 
         fit(attention.inputs, (enter(block.attention_norm, hidden) for hidden in self.hidden))
-        heads = []
+        heads = self.states()
         for hidden in self.hidden:
             turn = self.tables.turn(block, 0, hidden.shape[1])
             heads.append(mixed(attention, norms, enter(block.attention_norm, hidden), turn, apply=run.apply))

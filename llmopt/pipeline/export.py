@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llmopt.artifact import Journal, write_json
@@ -17,6 +18,7 @@ from llmopt.pipeline.journal import PartJournal
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.soundness import open_tokenizer
+from llmopt.pipeline.spill import States, limit_bytes
 from llmopt.pipeline.verify import References, Verification
 from llmopt.pipeline.windows import verification_windows
 from llmopt.progress import Progress
@@ -67,7 +69,7 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
     calibration = None
     if job.calibration is not None:
         windows = job.calibration.windows(job.spec, Tokenizer.from_folder(folder))
-        calibration = Calibration(job.spec, windows, job.ranks)
+        calibration = Calibration(job.spec, windows, job.ranks, partial(States, limit_bytes(), folder))
     layers = write_parts(job, folder, references, progress, calibration)
     del calibration  # verification needs the memory
     return layers, job.format.verify(folder, references, job.threads, progress)

@@ -16,7 +16,6 @@ from llmopt.artifact import (
     Resume,
     Source,
     check_destination,
-    check_free_disk,
     discard_journal,
     journal,
     staged,
@@ -30,6 +29,7 @@ from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText, require_tokens
+from llmopt.pipeline.estimate import Estimate, Work
 from llmopt.pipeline.export import Export, assist, export
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
@@ -44,12 +44,14 @@ from llmopt.pipeline.mixed import (
     fixed_layers,
     outcome_json,
     outcome_note,
+    overhead_bytes,
     planned,
     require_float_activations,
 )
 from llmopt.pipeline.parts import fits_table
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
+from llmopt.pipeline.spill import limit_bytes
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.budget import Budget, SizeBudget
 from llmopt.precision.groups import fused_groups
@@ -106,6 +108,7 @@ class Prepared:
     mix: Mix | None = None  # for a request with a budget
     plan: Plan | None = None  # once it was made; the assignments are then its own
     notes: tuple[str, ...] = ()  # about the model
+    tokens: int | None = None  # that this process calibrates on, for a method that looks at inputs
 
     @property
     def estimated_bytes(self) -> int:
@@ -122,13 +125,23 @@ class Prepared:
         rounded = self.method.needs_inputs and not fits_table(spec, self.assignments[layer].scheme, self.method)
         return Rtn.name if rounded else self.method.name
 
-    def require_room(self) -> None:
-        """See that what will be written fits on the disk.
+    def require_room(self) -> Estimate:
+        """See that memory and disk suffice; gives what is needed of both, once a budget has its plan.
 
         Raises:
-            ResourceError: it does not.
+            ResourceError: they do not.
         """
-        check_free_disk(self.request.output.parent, self.estimated_bytes)
+        work = Work(
+            spec=self.source.spec,
+            assignments=self.assignments,
+            format=self.format,
+            tokens=self.tokens,
+            folds=bool(self.folds),
+            limit_bytes=limit_bytes(),
+        )
+        needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
+        needed.require_room(self.request.output)
+        return needed
 
     def manifest(self) -> Manifest:
         """The manifest without its files; its key says whether an artifact is the one that this would write."""
@@ -149,12 +162,16 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeResult:
-    """The artifact, its report, how far its graph is from the quantized model in torch, and the plan of a budget."""
+    """The artifact, its report, how far its graph is from the quantized model in torch, and the plan of a budget.
+
+    `needed` is what was predicted that it would take.
+    """
 
     path: Path
     manifest: Manifest
     report: Report
     verification: Verification
+    needed: Estimate
     plan: Plan | None = None
 
 
@@ -178,9 +195,9 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore, format_.tables)
     format_.check_layers(source.spec, assignments)
     calibration = calibration_text(request, method)
-    tokenizer = open_tokenizer(source)
+    tokenizer, tokens = open_tokenizer(source), None
     if calibration is not None and looks_at_inputs(request.method):
-        require_tokens(source.spec, calibration.windows(source.spec, tokenizer), ranks)
+        tokens = require_tokens(source.spec, calibration.windows(source.spec, tokenizer), ranks) // ranks.size
     note = unknown_tensors_note(source)
     mix = None
     if request.budget is not None:
@@ -208,6 +225,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
         calibration=calibration,
         mix=mix,
         notes=() if note is None else (note,),
+        tokens=tokens,
     )
 
 
@@ -383,7 +401,8 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks) -> Export:
 
 def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeResult:
     request = prepared.request
-    prepared.require_room()
+    needed = prepared.require_room()
+    progress.say(f"{request.output.name} {needed}")
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
         loss = None
@@ -397,7 +416,12 @@ def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeRes
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")
     return QuantizeResult(
-        path=request.output, manifest=manifest, report=report, verification=verification, plan=prepared.plan
+        path=request.output,
+        manifest=manifest,
+        report=report,
+        verification=verification,
+        needed=needed,
+        plan=prepared.plan,
     )
 
 

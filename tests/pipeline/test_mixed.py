@@ -157,7 +157,6 @@ def test_the_smallest_size_that_is_named_is_reached(llmopt, tmp_path):
     [
         (["--budget", "92"], "'92' is not a budget"),
         (["--budget", "2MB", "--scheme", "w8a8"], "rounds them"),
-        (["--explain"], "there is none"),
         (["--plot", "a.png"], "there is none"),
         (["--budget", "2MB", "--plot", "a.jpg"], "is no picture"),
         (["--budget", "2MB", "--plot", "nowhere/a.png"], "does not exist"),

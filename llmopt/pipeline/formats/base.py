@@ -87,6 +87,10 @@ class Format(Protocol):
         """What the weights take on disk, before any is read."""
         ...
 
+    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+        """What `verify` takes of memory, where model files and the reference's logits take so much."""
+        ...
+
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """Write what lies beside the weights, except for the tokenizer."""
         ...

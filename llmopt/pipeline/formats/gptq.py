@@ -11,7 +11,7 @@ import torch
 
 from llmopt.artifact import write_json
 from llmopt.engine.gptq import GptqTensors
-from llmopt.engine.torch import TorchEngine
+from llmopt.engine.torch import TorchEngine, fits_in_memory
 from llmopt.errors import UnsupportedError
 from llmopt.export.checkpoint import gptq
 from llmopt.export.checkpoint.rules import require_linears
@@ -27,6 +27,7 @@ from llmopt.quantize.execute import Rounding, round_rows
 from llmopt.quantize.grid import ScaleRule
 from llmopt.quantize.scheme import Scheme
 
+FLOAT_BYTES = 4
 QUANTIZE_CONFIG = "quantize_config.json"
 FLOAT_TABLES = TableRule(scheme=None, reason="the format gptq keeps the embedding and the head as floats")
 # Their activations pass the end of float16: vLLM refuses it for them, and others compute infinities.
@@ -63,6 +64,11 @@ class GptqFormat:
         """Every tensor; only the header is left out."""
         found = entries(spec, _schemes(spec, assignments), gptq.Gptq(), lambda tensor: gptq.DTYPE)
         return sum(entry.size_bytes for entry in found)
+
+    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+        """The whole model in float32 where `TorchEngine` keeps it, and else a block."""
+        kept = spec.tensors() if fits_in_memory(spec) else spec.blocks[0].tensors()
+        return FLOAT_BYTES * sum(tensor.count for tensor in kept) + logits_bytes
 
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """The model's config with what was quantized and how, and the latter once more for older readers."""

@@ -39,6 +39,8 @@ from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT_BYTES = 4
+PACKAGE_BYTES = 80 * 2**20  # of memory, for what transformers imports to open a model
 # transformers lays all tokens of opt's MLPs in one matrix, and compressed-tensors then gives them one range together.
 ONE_MATRIX = ("opt",)
 FLOAT_TABLES = TableRule(scheme=None, reason="the format hf keeps the embedding and the head as floats")
@@ -79,6 +81,11 @@ class Hf:
         dtype = DTYPES[spec.dtype]
         found = entries(spec, _schemes(spec, assignments), CompressedTensors(dtype), lambda tensor: dtype)
         return sum(entry.size_bytes for entry in found)
+
+    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+        """The whole model in float32, as transformers computes with it, beside what it was unpacked from."""
+        weights = FLOAT_BYTES * sum(tensor.count for tensor in spec.tensors())
+        return PACKAGE_BYTES + weights + output_bytes + logits_bytes
 
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """The model's config with what was quantized and how, and the dtype of the rest said outright."""

@@ -1,10 +1,12 @@
 """ONNX: a graph for onnxruntime, and what onnxruntime-genai wants beside it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmopt import __version__
 from llmopt.artifact import write_json
+from llmopt.engine.segments import SEGMENT_NODES
 from llmopt.export.genai import GENAI_CONFIG, genai_config
 from llmopt.export.onnx.attention import require_heads
 from llmopt.export.onnx.decoder import DecoderGraph
@@ -19,6 +21,10 @@ from llmopt.progress import Progress
 from llmopt.quantize.assign import EIGHT_BITS, TableRule
 from llmopt.quantize.execute import Rounding, round_rows
 from llmopt.quantize.grid import ANY_SCALE, ScaleRule
+
+FLOAT_BYTES = 4
+BLOCK_NODES = 24  # about as many nodes of a graph are a block
+NODES_BYTES = 2**19  # that onnxruntime takes for the nodes of a block, beside their weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,12 @@ class Onnx:
     def estimated_bytes(self, spec: ModelSpec, assignments: Assignments) -> int:
         """See `estimated_bytes`."""
         return estimated_bytes(spec, assignments)
+
+    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+        """A segment's blocks as floats, in its graph and as kernels have them; or the graph as it ships, and logits."""
+        block = FLOAT_BYTES * max(sum(tensor.count for tensor in block.tensors()) for block in spec.blocks)
+        segment = math.ceil(SEGMENT_NODES / BLOCK_NODES) * block
+        return max(2 * segment, output_bytes + NODES_BYTES * len(spec.blocks) + logits_bytes)
 
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """The model's own config, and that of onnxruntime-genai where it knows the family."""
