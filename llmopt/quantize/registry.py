@@ -19,6 +19,7 @@ METHODS: Mapping[str, str] = {
     "rtn": "llmopt.quantize.rtn:Rtn",
     "search": "llmopt.quantize.search:Search",
     "gptq": "llmopt.quantize.gptq:Gptq",
+    "reconstruct": "llmopt.quantize.reconstruct:Reconstruct",
 }
 FOLDS: Mapping[str, str] = {
     "awq": "llmopt.quantize.awq:Awq",
