@@ -160,10 +160,10 @@ class Work:
         return values * self.spec.hidden_size, values * block.attention.q_size
 
     def _logits_bytes(self) -> int:
-        """What the reference's logits take, with the head as floats, and those that are held against them."""
+        """What the reference's logits take, with the head made into floats or read as such, and the engine's."""
         head = self.spec.head.weight
         held = 0 if self.spec.tied else self._held([head])
-        dense = 0 if self._scheme_of(head.name) is None else DENSE_BYTES
+        dense = FLOAT if self._scheme_of(head.name) is None else DENSE_BYTES
         return held + dense * head.count + LOGITS * FLOAT * COUNT * LENGTH * self.spec.vocab_size
 
     def _fitted_bytes(self, linears: Sequence[Linear]) -> int:

@@ -66,9 +66,9 @@ class GptqFormat:
         return sum(entry.size_bytes for entry in found)
 
     def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
-        """The whole model in float32 where `TorchEngine` keeps it, and else a block."""
+        """The files, which are mapped; and the whole model in float32 where `TorchEngine` keeps it, else a block."""
         kept = spec.tensors() if fits_in_memory(spec) else spec.blocks[0].tensors()
-        return FLOAT_BYTES * sum(tensor.count for tensor in kept) + logits_bytes
+        return FLOAT_BYTES * sum(tensor.count for tensor in kept) + output_bytes + logits_bytes
 
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """The model's config with what was quantized and how, and the latter once more for older readers."""

@@ -83,9 +83,9 @@ class Hf:
         return sum(entry.size_bytes for entry in found)
 
     def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
-        """The whole model in float32, as transformers computes with it, beside what it was unpacked from."""
+        """The whole model in float32, as transformers computes with it; what that is unpacked from, and mapped from."""
         weights = FLOAT_BYTES * sum(tensor.count for tensor in spec.tensors())
-        return PACKAGE_BYTES + weights + output_bytes + logits_bytes
+        return PACKAGE_BYTES + weights + 2 * output_bytes + logits_bytes
 
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """The model's config with what was quantized and how, and the dtype of the rest said outright."""
