@@ -71,13 +71,25 @@ def test_a_step_is_that_of_autograd_through_the_rounding_and_of_torchs_adam(sche
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a16-sym"])
-def test_outputs_err_less_than_behind_gptq_once_it_has_learnt_from_them(scheme: str):
+def test_outputs_err_less_than_behind_gptq_once_scales_have_learnt_from_them(scheme: str):
     weight_OI, x = random(ROWS, COLUMNS), correlated_inputs()
     quantized = Gptq().quantize(weight_OI, parse_scheme(scheme), statistics(x))
-    weight = LearnedWeight(quantized, weight_OI, Rates(offset=0.001, scale=0.001))
+    weight = LearnedWeight(quantized, weight_OI, Rates(offset=0.0, scale=0.0005))
     for step in range(200):
         weight.step((weight.dense() - weight_OI) @ x.T @ x, 1 - step / 200)
     assert output_error(weight_OI, weight.quantized(), x) < 0.95 * output_error(weight_OI, quantized, x)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-sym"])
+def test_roundings_learn_to_make_up_for_each_other(scheme: str):
+    """Rounded to nearest, the sum of a row is off by many errors; one code or another takes that back."""
+    weight_OI, quantized, weight = learned(scheme, Rates(offset=0.005, scale=0.0))
+    before = (quantized.dequantize() - weight_OI).sum(1)
+    for step in range(100):
+        off_O1 = (weight.dense() - weight_OI).sum(1, keepdim=True)
+        weight.step(off_O1.expand(ROWS, COLUMNS).contiguous(), 1 - step / 100)
+    after = (weight.quantized().dequantize() - weight_OI).sum(1)
+    assert after.square().sum() < 0.5 * before.square().sum()
 
 
 def test_a_code_changes_by_one_at_most():
