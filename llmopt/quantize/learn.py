@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from llmopt.quantize.grid import ANY_SCALE, ScaleRule, grouped
-from llmopt.quantize.weights import QuantizedWeight, spread
+from llmopt.quantize.weights import QuantizedWeight
 
 START = 0.45  # of a code, so that no offset begins where the next step changes what it is rounded to
-FARTHEST = 1.0  # from the first code: a code changes by one at most
 ADAM_FIRST, ADAM_SECOND, ADAM_EPSILON = 0.9, 0.99, 1e-12
 
 
@@ -38,53 +37,52 @@ class LearnedWeight:
         self.weight = weight
         self.rates = rates
         self.rule = rule
-        columns = weight.codes_OI.shape[1]
-        self.group = weight.scheme.group_size or columns
-        middle = 2.0 ** (weight.scheme.bits - 1)
-        zeros_OG = weight.zero_points_OG
-        self.zeros_OI = torch.tensor(middle) if zeros_OG is None else spread(zeros_OG, self.group, columns)
-        self.codes_OI = weight.codes_OI.float()
+        self.columns = weight.codes_OI.shape[1]
         self.learns_rounding = weight.scheme.activation_bits != 8
-        exact_OI = float_OI / spread(weight.scales_OG, self.group, columns) + self.zeros_OI
-        self.offsets_OI = (exact_OI - self.codes_OI).clamp_(-START, START)
+        zeros_OG = weight.zero_points_OG
+        self.zeros = torch.tensor(2.0 ** (weight.scheme.bits - 1)) if zeros_OG is None else zeros_OG.float()[..., None]
+        codes_OGS = self._grouped(weight.codes_OI).float()
+        exact_OGS = self._grouped(float_OI) / weight.scales_OG[..., None] + self.zeros
+        self.place_OGS = codes_OGS + (exact_OGS - codes_OGS).clamp_(-START, START)  # among the codes, before rounding
+        self.levels_OGS = codes_OGS - self.zeros  # what scales are multiplied by
+        self.signs_OG1 = weight.scales_OG.sign()[..., None]
         self.change_OG = torch.zeros(weight.scales_OG.shape)
         self.mean_OG, self.square_OG = torch.zeros_like(self.change_OG), torch.zeros_like(self.change_OG)
         self.steps = 0
 
     def dense(self) -> Tensor:
         """The weight as it is now, [out, in] float32."""
-        return (self._codes() - self.zeros_OI) * self._spread_scales()
+        return (self.levels_OGS * self._scales()[..., None]).flatten(1)[:, : self.columns]
 
     def step(self, gradient_OI: Tensor, left: float) -> None:
-        """Follow the gradient of a loss by `dense()`; `left` is what is left of the rates, from 1 down to 0."""
+        """Follow the gradient of a loss by `dense()`, which is used up; `left` of the rates is left, from 1 down to 0."""
         self.steps += 1
-        by_scale_OI = gradient_OI * (self._codes() - self.zeros_OI)
-        by_change_OG = grouped(by_scale_OI, self.group).sum(-1) * self.weight.scales_OG
+        gradient_OGS = self._grouped(gradient_OI)
+        self._step_scales((gradient_OGS * self.levels_OGS).sum(-1) * self.weight.scales_OG, left)
         if self.learns_rounding:
-            signs_OI = gradient_OI.sign().mul_(spread(self.weight.scales_OG.sign(), self.group, gradient_OI.shape[1]))
-            self.offsets_OI.sub_(signs_OI, alpha=self.rates.offset * left).clamp_(-FARTHEST, FARTHEST)
-        self.mean_OG.lerp_(by_change_OG, 1 - ADAM_FIRST)
-        self.square_OG.lerp_(by_change_OG.square(), 1 - ADAM_SECOND)
-        mean_OG = self.mean_OG / (1 - ADAM_FIRST**self.steps)
-        size_OG = (self.square_OG / (1 - ADAM_SECOND**self.steps)).sqrt_().add_(ADAM_EPSILON)
-        self.change_OG.addcdiv_(mean_OG, size_OG, value=-self.rates.scale * left)
+            self.place_OGS.sub_(gradient_OGS.sign_().mul_(self.signs_OG1), alpha=self.rates.offset * left)
+            torch.round(self.place_OGS, out=self.levels_OGS)
+            self.levels_OGS.clamp_(0, self.weight.scheme.levels - 1).sub_(self.zeros)
 
     def quantized(self) -> QuantizedWeight:
         """What it has become; `dense()` is what this stands for."""
+        codes_OGS = self.levels_OGS + self.zeros
         return QuantizedWeight(
             scheme=self.weight.scheme,
-            codes_OI=self._codes().to(torch.uint8),
+            codes_OI=codes_OGS.flatten(1)[:, : self.columns].to(torch.uint8).contiguous(),
             scales_OG=self._scales(),
             zero_points_OG=self.weight.zero_points_OG,
         )
 
-    def _codes(self) -> Tensor:
-        if not self.learns_rounding:
-            return self.codes_OI
-        return (self.codes_OI + self.offsets_OI).round_().clamp_(0, self.weight.scheme.levels - 1)
+    def _step_scales(self, gradient_OG: Tensor, left: float) -> None:
+        self.mean_OG.lerp_(gradient_OG, 1 - ADAM_FIRST)
+        self.square_OG.lerp_(gradient_OG.square(), 1 - ADAM_SECOND)
+        mean_OG = self.mean_OG / (1 - ADAM_FIRST**self.steps)
+        size_OG = (self.square_OG / (1 - ADAM_SECOND**self.steps)).sqrt_().add_(ADAM_EPSILON)
+        self.change_OG.addcdiv_(mean_OG, size_OG, value=-self.rates.scale * left)
 
     def _scales(self) -> Tensor:
         return self.rule.stored(self.weight.scales_OG * (1 + self.change_OG))
 
-    def _spread_scales(self) -> Tensor:
-        return spread(self._scales(), self.group, self.codes_OI.shape[1])
+    def _grouped(self, values_OI: Tensor) -> Tensor:
+        return grouped(values_OI, self.weight.scheme.group_size)

@@ -7,7 +7,7 @@ from torch import Tensor
 from llmopt.quantize.gptq import Gptq
 from llmopt.quantize.grid import ScaleRule
 from llmopt.quantize.int8 import sums_fit
-from llmopt.quantize.learn import FARTHEST, START, LearnedWeight, Rates
+from llmopt.quantize.learn import START, LearnedWeight, Rates
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight, spread
@@ -67,7 +67,7 @@ def test_a_step_is_that_of_autograd_through_the_rounding_and_of_torchs_adam(sche
         adam.step()
         if offsets.grad is not None:
             with torch.no_grad():
-                offsets.sub_(RATES.offset * offsets.grad.sign()).clamp_(-FARTHEST, FARTHEST)
+                offsets.sub_(RATES.offset * offsets.grad.sign())
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a16-sym"])
@@ -90,13 +90,6 @@ def test_roundings_learn_to_make_up_for_each_other(scheme: str):
         weight.step(off_O1.expand(ROWS, COLUMNS).contiguous(), 1 - step / 100)
     after = (weight.quantized().dequantize() - weight_OI).sum(1)
     assert after.square().sum() < 0.5 * before.square().sum()
-
-
-def test_a_code_changes_by_one_at_most():
-    _, quantized, weight = learned("w4a16-sym", Rates(offset=0.5, scale=0.0))
-    for _ in range(20):
-        weight.step(torch.ones(ROWS, COLUMNS), 1.0)
-    assert (weight.quantized().codes_OI.int() - quantized.codes_OI.int()).abs().max() == 1
 
 
 def test_scales_stay_such_as_an_engine_stores():
