@@ -55,7 +55,7 @@ class LearnedWeight:
         return (self.levels_OGS * self._scales()[..., None]).flatten(1)[:, : self.columns]
 
     def step(self, gradient_OI: Tensor, left: float) -> None:
-        """Follow the gradient of a loss by `dense()`, which is used up; `left` of the rates is left, from 1 down to 0."""
+        """Follow the gradient of a loss by `dense()`, and use it up; `left` of the rates is left, from 1 down to 0."""
         self.steps += 1
         gradient_OGS = self._grouped(gradient_OI)
         self._step_scales((gradient_OGS * self.levels_OGS).sum(-1) * self.weight.scales_OG, left)
