@@ -68,8 +68,9 @@ def quantize(
             "--method",
             metavar="METHOD",
             help="How the numbers are found: rtn, rounding to nearest; search, with ranges that suit the inputs; gptq, "
-            "with later columns making up for the errors of earlier ones. Before it may stand awq or smoothquant, "
-            "which scale inputs against weights: smoothquant+gptq.",
+            "with later columns making up for the errors of earlier ones; reconstruct, the same and then whole blocks "
+            "learn from the float ones. Before it may stand awq or smoothquant, which scale inputs against weights, "
+            "or rotate, which mixes the values of heads: awq+gptq.",
         ),
     ] = "rtn",
     calib: Annotated[

@@ -1,4 +1,4 @@
-"""Folds in a block: which linears read what a norm or another linear makes, and what changes when that is scaled."""
+"""Folds in a block: which linears read what a norm or another linear makes, and what changes with that."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmopt.model.spec import Attention, Block, Linear, Mlp, Norm
 from llmopt.pipeline.ranks import ALONE, Ranks
-from llmopt.quantize.fold import Fold, FoldedLinear, InputSample, best_scales
+from llmopt.quantize.fold import Change, Fold, FoldedLinear, Heads, InputSample, best_change
 from llmopt.quantize.scheme import Scheme
 
 Floats = dict[str, Tensor]  # of a block, by name; linears as [out, in]
@@ -27,15 +27,15 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """Linears that share their inputs, and what makes these. `heads` as in `best_scales`."""
+    """Linears that share their inputs, and what makes these; with the heads, if they are values of heads."""
 
     makers: Norm | Rows
     readers: tuple[Linear, ...]
-    heads: tuple[int, int] | None = None
+    heads: Heads | None = None
 
 
 def joints(block: Block) -> list[Joint]:
-    """Every place of a block where a scale can be folded."""
+    """Every place of a block where a change can be folded."""
     attention, mlp = block.attention, block.mlp
     found = [
         Joint(block.attention_norm, attention.inputs),
@@ -77,47 +77,43 @@ def fold_block(
     # What was to stay as it is does.
     places = [joint for joint in joints(block) if all(map(scheme_of, joint.readers)) and _may_change(joint, scheme_of)]
     # All before any of them changes a weight: nothing that one changes is among what a later one searches with.
-    found = ranks.spread(lambda joint: _scales(fold, joint, floats, samples, scheme_of), places)
+    found = ranks.spread(lambda joint: _change(fold, joint, floats, samples, scheme_of), places)
     gained: list[str] = []
-    for joint, scales_I in zip(places, found, strict=True):
-        if scales_I is not None:
+    for joint, change in zip(places, found, strict=True):
+        if change is not None:
             for linear in joint.readers:
-                floats[linear.weight.name] = floats[linear.weight.name] * scales_I
-            _divide(joint, floats, scales_I)
+                floats[linear.weight.name] = change.of_weight(floats[linear.weight.name])
+            _take_back(joint, floats, change)
             gained += [linear.name for linear in joint.readers]
     return gained
 
 
-def _scales(
+def _change(
     fold: Fold, joint: Joint, floats: Floats, samples: Mapping[str, InputSample], scheme_of: SchemeOf
-) -> Tensor | None:
+) -> Change | None:
     schemes = map(scheme_of, joint.readers)
     linears = [
         FoldedLinear(floats[linear.weight.name], scheme)
         for linear, scheme in zip(joint.readers, schemes, strict=True)
         if scheme is not None
     ]
-    return best_scales(fold, linears, samples[joint.readers[0].name], joint.heads)
+    return best_change(fold, linears, samples[joint.readers[0].name], joint.heads)
 
 
 def _may_change(joint: Joint, scheme_of: SchemeOf) -> bool:
     return isinstance(joint.makers, Norm) or scheme_of(joint.makers.linear) is not None
 
 
-def _divide(joint: Joint, floats: Floats, scales_I: Tensor) -> None:
+def _take_back(joint: Joint, floats: Floats, change: Change) -> None:
     makers = joint.makers
     if isinstance(makers, Norm):
         weight = f"{makers.name}.weight"
-        floats[weight] = (floats[weight] + makers.offset) / scales_I - makers.offset
+        floats[weight] = change.of_maker(floats[weight] + makers.offset, None) - makers.offset
         if makers.bias:
-            floats[f"{makers.name}.bias"] = floats[f"{makers.name}.bias"] / scales_I
+            floats[f"{makers.name}.bias"] = change.of_maker(floats[f"{makers.name}.bias"], None)
         return
-    if joint.heads is not None:  # values are made once for all query heads that read them
-        kv_heads, group = joint.heads
-        scales_I = scales_I.view(kv_heads, group, -1)[:, 0].reshape(-1)
     names = [makers.linear.weight.name] + ([f"{makers.linear.name}.bias"] if makers.linear.bias else [])
     for name in names:
         changed = floats[name].clone()
-        rows = changed[makers.start : makers.stop]
-        rows /= scales_I.view(-1, *[1] * (rows.ndim - 1))
+        changed[makers.start : makers.stop] = change.of_maker(changed[makers.start : makers.stop], joint.heads)
         floats[name] = changed

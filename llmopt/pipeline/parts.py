@@ -1,6 +1,7 @@
 """The model in parts, embedding first and head last: read, quantized, and handed on one at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -13,9 +14,12 @@ from llmopt.pipeline.calibration import Calibration, Weights
 from llmopt.pipeline.folding import fold_block
 from llmopt.pipeline.journal import EMBEDDING, HEAD, Part, PartJournal, block_name
 from llmopt.pipeline.ranks import ALONE
+from llmopt.pipeline.reconstruct import Reconstruction
+from llmopt.pipeline.spill import States
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import InputStatistics, Method
+from llmopt.quantize.reconstruct import RECONSTRUCT
 from llmopt.quantize.registry import JOIN
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme
@@ -64,6 +68,9 @@ class PartReader:
         self.folds = folds
         self.journal = journal
         self.ranks = ALONE if calibration is None else calibration.ranks
+        self.reconstruction = None
+        if calibration is not None and method is not None and method.refits_blocks:
+            self.reconstruction = Reconstruction(calibration, method.scales)
         self.folded: dict[str, Tensor] = {}  # of the block at hand; linears as [out, in]
         self.folds_of: dict[str, list[str]] = {}
 
@@ -72,6 +79,8 @@ class PartReader:
         part = self._kept(EMBEDDING, self._made_embedding)
         if self.calibration is not None:
             self.calibration.embedding(part.weights)
+        if self.reconstruction is not None:
+            self.reconstruction.embedding(self._stored(self.spec.embedding.tensors()))
         return part
 
     def blocks(self) -> Iterator[Part]:
@@ -95,9 +104,10 @@ class PartReader:
         scheme = self.assignments[self.spec.embedding.name].scheme
         if self.calibration is None or self.method is None or not fits_table(self.spec, scheme, self.method):
             return None
-        return self.calibration.head_in_float(
-            lambda tensors: {tensor.name: self.checkpoint.read(tensor) for tensor in tensors}
-        )
+        return self.calibration.head_in_float(self._stored)
+
+    def _stored(self, tensors: Iterable[TensorSpec]) -> dict[str, Tensor]:
+        return {tensor.name: self.checkpoint.read(tensor) for tensor in tensors}
 
     def _kept(self, name: str, make: Callable[[], Part], replay: Callable[[Part], None] | None = None) -> Part:
         """A part out of the journal, replayed, or else made and put there."""
@@ -113,6 +123,8 @@ class PartReader:
     def _passed(self, block: Block, part: Part) -> None:
         if self.calibration is not None:
             self.calibration.block(block, part.weights, None)
+        if self.reconstruction is not None:
+            self.reconstruction.follow(block, self._floats(block))
 
     def _made_embedding(self) -> Part:
         embedding = self.spec.embedding
@@ -126,8 +138,23 @@ class PartReader:
         if self.calibration is None:
             self._add(part, list(block.linears()), None)
         else:
+            entering = None if self.reconstruction is None else self.reconstruction.entering()
             self.calibration.block(block, part.weights, partial(self._add, part))
+            if self.reconstruction is not None and entering is not None:
+                self._refit(self.reconstruction, block, part, entering)
         return part
+
+    def _refit(self, reconstruction: Reconstruction, block: Block, part: Part, entering: States) -> None:
+        """Have a block learn from the float one; its layers say so, if that made it better."""
+        floats = self.folded or self._floats(block)
+        reconstruction.follow(block, floats)
+        if not reconstruction.refit(block, part.weights, floats, entering):
+            return
+        for index, (layer, linear) in enumerate(zip(part.layers, block.linears(), strict=True)):
+            weight = part.weights[linear.weight.name]
+            if isinstance(weight, QuantizedWeight):
+                error = weight.relative_error(floats[linear.weight.name])
+                part.layers[index] = replace(layer, method=f"{layer.method}{JOIN}{RECONSTRUCT}", relative_error=error)
 
     def _made_head(self) -> Part:
         part = Part(self._read(list(self.spec.final_norm.tensors())), [])
@@ -141,14 +168,20 @@ class PartReader:
         if not self.folds:
             return
         assert self.calibration is not None
-        floats = {tensor.name: self.checkpoint.read(tensor) for tensor in block.tensors()}
-        for linear in block.linears():
-            floats[linear.weight.name] = self._read_linear(linear.weight, transposed=linear.transposed)
+        floats = self._floats(block)
         for fold in self.folds:
             samples = self.calibration.look(block, floats)
             for name in fold_block(fold, block, floats, samples, self._scheme_of, ranks=self.ranks):
                 self.folds_of.setdefault(name, []).append(fold.name)
         self.folded = floats
+
+    def _floats(self, block: Block) -> dict[str, Tensor]:
+        """A block as it is stored, but linears as [out, in]."""
+        floats = self._stored(block.tensors())
+        for linear in block.linears():
+            if linear.transposed:
+                floats[linear.weight.name] = floats[linear.weight.name].T.contiguous()
+        return floats
 
     def _scheme_of(self, linear: Linear) -> Scheme | None:
         return self.assignments[linear.name].scheme

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmopt.quantize.fold import SMALLEST, InputSample, normalized
+from llmopt.quantize.fold import SMALLEST, Heads, InputSample, Scaling, normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,9 @@ class Awq:
     steps: int = 10
     name: str = "awq"
 
-    def candidates(self, weight_OI: Tensor, inputs: InputSample) -> Iterator[Tensor]:
+    def candidates(self, weight_OI: Tensor, inputs: InputSample, heads: Heads | None) -> Iterator[Scaling]:
         """s = mean |x| ** alpha, alpha in (0, 1]."""
         size_I = inputs.tokens_NI.abs().mean(0)
         size_I = size_I.clamp_min(SMALLEST * float(size_I.mean()) or 1.0)
         for step in range(1, self.steps + 1):
-            yield normalized(size_I ** (step / self.steps))
+            yield Scaling.shared(normalized(size_I ** (step / self.steps)), heads)

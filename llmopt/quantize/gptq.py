@@ -37,6 +37,7 @@ class Gptq:
     name: str = "gptq"
     rows_are_independent: bool = True
     needs_inputs: bool = True
+    refits_blocks: bool = False
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32.

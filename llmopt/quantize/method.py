@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llmopt.quantize.grid import ScaleRule
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
@@ -31,11 +32,17 @@ class Method(Protocol):
 
     `rows_are_independent` promises that quantizing some rows gives the same as quantizing all, so that large tables
     can be done in parts. `needs_inputs` asks for a calibration: without it `quantize` gets no statistics.
+    `refits_blocks` asks for a second look at each block as a whole, once its linears are quantized.
     """
 
     @property
     def name(self) -> str:
         """The word that people type and reports print."""
+        ...
+
+    @property
+    def scales(self) -> ScaleRule:
+        """What scales may be."""
         ...
 
     @property
@@ -46,6 +53,11 @@ class Method(Protocol):
     @property
     def needs_inputs(self) -> bool:
         """Whether it cannot do without statistics of the inputs."""
+        ...
+
+    @property
+    def refits_blocks(self) -> bool:
+        """Whether the linears of a block learn together once each is quantized."""
         ...
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:

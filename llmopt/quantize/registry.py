@@ -19,9 +19,11 @@ METHODS: Mapping[str, str] = {
     "rtn": "llmopt.quantize.rtn:Rtn",
     "search": "llmopt.quantize.search:Search",
     "gptq": "llmopt.quantize.gptq:Gptq",
+    "reconstruct": "llmopt.quantize.reconstruct:Reconstruct",
 }
 FOLDS: Mapping[str, str] = {
     "awq": "llmopt.quantize.awq:Awq",
+    "rotate": "llmopt.quantize.rotate:Rotate",
     "smoothquant": "llmopt.quantize.smoothquant:SmoothQuant",
 }
 JOIN = "+"

@@ -24,6 +24,7 @@ class Rtn:
     name: str = "rtn"
     rows_are_independent: bool = True
     needs_inputs: bool = False
+    refits_blocks: bool = False
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32. `inputs` is not used: rounding looks at the weight alone."""

@@ -24,6 +24,7 @@ class Search:
     name: str = "search"
     rows_are_independent: bool = True
     needs_inputs: bool = True
+    refits_blocks: bool = False
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmopt.quantize.fold import SMALLEST, InputSample, normalized
+from llmopt.quantize.fold import SMALLEST, Heads, InputSample, Scaling, normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class SmoothQuant:
     steps: int = 10
     name: str = "smoothquant"
 
-    def candidates(self, weight_OI: Tensor, inputs: InputSample) -> Iterator[Tensor]:
+    def candidates(self, weight_OI: Tensor, inputs: InputSample, heads: Heads | None) -> Iterator[Scaling]:
         """s = max |x| ** alpha / max |w| ** (1 - alpha), alpha in [0, 1)."""
         activation_I, weight_I = inputs.largest_I, weight_OI.abs().amax(0)
         activation_I, weight_I = (
@@ -27,4 +27,4 @@ class SmoothQuant:
         )
         for step in range(self.steps):
             alpha = step / self.steps
-            yield normalized(activation_I**alpha / weight_I ** (1 - alpha))
+            yield Scaling.shared(normalized(activation_I**alpha / weight_I ** (1 - alpha)), heads)

@@ -11,6 +11,8 @@ from llmopt.pipeline.calibration import Calibration
 from llmopt.pipeline.folding import fold_block, joints
 from llmopt.pipeline.parts import PartReader
 from llmopt.quantize.awq import Awq
+from llmopt.quantize.fold import Scaling, Turning
+from llmopt.quantize.rotate import random_rotation
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from tests.decoders import Saved, assignments
@@ -39,22 +41,32 @@ def outputs(spec: ModelSpec, block: Block, floats: dict[str, Tensor]) -> Tensor:
     return block_forward(block, floats, hidden, turn, apply=apply)
 
 
+def drawn_scales(linears, heads) -> Scaling:
+    scales_I = torch.randn(linears[0].weight_OI.shape[1], generator=torch.Generator().manual_seed(1)).exp()
+    return Scaling.shared(scales_I, heads)
+
+
+def drawn_turn(linears, heads) -> Turning | None:
+    if heads is None:
+        return None
+    channels = linears[0].weight_OI.shape[1] // (heads[0] * heads[1])
+    return Turning(random_rotation(channels, torch.Generator().manual_seed(1)))
+
+
 @pytest.fixture
-def anything_goes(monkeypatch):
-    """Scales at random, as if they were the best."""
+def draw(monkeypatch):
+    """Has changes drawn at random, as if they were the best."""
 
-    def scales(fold, linears, inputs, heads=None):
-        drawn = torch.randn(linears[0].weight_OI.shape[1], generator=torch.Generator().manual_seed(1)).exp()
-        if heads is not None:
-            by_head = drawn.view(heads[0], heads[1], -1)
-            drawn = by_head[:, :1].expand_as(by_head).reshape(-1)
-        return drawn
+    def begin(change) -> None:
+        monkeypatch.setattr(folding, "best_change", lambda fold, linears, inputs, heads=None: change(linears, heads))
 
-    monkeypatch.setattr(folding, "best_scales", scales)
+    return begin
 
 
+@pytest.mark.parametrize("change", [drawn_scales, drawn_turn])
 @pytest.mark.parametrize("case", CASES)
-def test_a_folded_block_computes_the_same(case, anything_goes):
+def test_a_folded_block_computes_the_same(case, change, draw):
+    draw(change)
     spec = spec_of(CASES[case])
     for block in spec.blocks[:2]:
         floats = floats_of(block, random_weights(spec))
@@ -62,7 +74,8 @@ def test_a_folded_block_computes_the_same(case, anything_goes):
         unfolded = dict(floats)
         readers = {joint.readers[0].name: None for joint in joints(block)}
         gained = fold_block(Awq(), block, floats, readers, lambda linear: SCHEME)
-        assert set(gained) == {linear.name for joint in joints(block) for linear in joint.readers}
+        changed = [joint for joint in joints(block) if change is drawn_scales or joint.heads is not None]
+        assert set(gained) == {linear.name for joint in changed for linear in joint.readers}
         assert not any(torch.equal(floats[f"{name}.weight"], unfolded[f"{name}.weight"]) for name in gained)
         assert torch.allclose(outputs(spec, block, floats), before, rtol=1e-3, atol=1e-4)
 
@@ -74,7 +87,8 @@ def test_nothing_passes_through_a_gelu():
     assert llama.mlp.down in {linear for joint in joints(llama) for linear in joint.readers}
 
 
-def test_a_linear_that_stays_float_keeps_its_weight_and_its_inputs(anything_goes):
+def test_a_linear_that_stays_float_keeps_its_weight_and_its_inputs(draw):
+    draw(drawn_scales)
     spec = spec_of(CASES["llama"])
     block = spec.blocks[0]
     floats = floats_of(block, random_weights(spec))

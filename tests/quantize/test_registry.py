@@ -11,14 +11,15 @@ from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.registry import METHODS, check_method, find_method
 from llmopt.quantize.scheme import parse_scheme
 
-KNOWN = "known here: rtn, search, gptq, awq, smoothquant"
+KNOWN = "known here: rtn, search, gptq, reconstruct, awq, rotate, smoothquant"
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_found_by_the_name_that_it_goes_by(name: str) -> None:
     check_method(name)
     method = find_method(name)
-    assert method.name == name
+    assert method.name == ("gptq" if name == "reconstruct" else name)  # a start, from which blocks go on
+    assert method.refits_blocks == (name == "reconstruct")
     assert isinstance(method.rows_are_independent, bool)
 
 
