@@ -5,6 +5,7 @@
     │   └── RecipeError    2  so does a recipe
     ├── ModelError         3  the model is missing, broken or cannot be trusted
     │   └── UnsupportedError  3  the model is fine, but this is not something llmopt can do with it
+    ├── DataError          3  a dataset is missing, closed, or holds no text that can be read
     ├── ArtifactError      3  an artifact is missing, broken, or would be overwritten
     ├── FallbackError      3  a layer cannot have the scheme that was asked for
     ├── BudgetError        3  nothing within the budget could be made
@@ -74,6 +75,10 @@ class ModelError(LlmoptError):
 
 class UnsupportedError(ModelError):
     """The model may be fine, but llmopt has no way to do this with it."""
+
+
+class DataError(LlmoptError):
+    """A dataset cannot be fetched, or holds no text that can be read."""
 
 
 class ArtifactError(LlmoptError):

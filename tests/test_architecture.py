@@ -24,7 +24,7 @@ LAYERS = (
 RESIDENCE = {"llmopt.quantize.scheme": "scheme", "llmopt": "version"}
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxruntime_genai", "huggingface_hub", "gguf"}
-HEAVY |= {"scipy", "matplotlib"}
+HEAVY |= {"scipy", "matplotlib", "pyarrow"}
 LIGHT = (
     "__main__.py",
     "errors.py",

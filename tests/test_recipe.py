@@ -144,14 +144,20 @@ def test_anchors_and_merge_keys_save_writing(load):
 
 def test_the_text_is_found_beside_the_recipe(load, tmp_path):
     (tmp_path / "held_out.txt").write_text("x")
-    assert load(MINIMAL + "bench: {text: held_out.txt}\n").bench.text == tmp_path / "held_out.txt"
+    assert load(MINIMAL + "bench: {text: held_out.txt}\n").bench.text == str(tmp_path / "held_out.txt")
 
 
 def test_a_text_from_the_command_line_is_found_from_the_working_folder(load, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "mine.txt").write_text("x")
     monkeypatch.chdir(tmp_path / "work")
-    assert load(MINIMAL, "bench.text=mine.txt").bench.text == Path("mine.txt")
+    assert load(MINIMAL, "bench.text=mine.txt").bench.text == "mine.txt"
+
+
+def test_a_text_may_be_a_dataset_of_the_hub_or_in_a_folder_beside_the_recipe(load, tmp_path):
+    assert load(MINIMAL + "bench: {text: owner/name@v1:config:test}\n").bench.text == "owner/name@v1:config:test"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert load(MINIMAL + "bench: {text: owner/name::test}\n").bench.text == f"{tmp_path}/owner/name::test"
 
 
 # What is refused, where, and what was meant.
@@ -209,7 +215,8 @@ def replaced(old, new):
         (MINIMAL.partition("steps:")[0] + "steps: ▸[]\n", "'steps' should have at least 1 item, not []", None),
         (MINIMAL + "gates: ▸[perplexity <= 1]\n", "nothing is", "add `bench: {}`"),
         (MINIMAL + "▸---\na: b\n", "this is not YAML: but found another document", None),
-        (MINIMAL + "bench: {text: ▸gone.txt}\n", "gone.txt", None),
+        (MINIMAL + "bench: {text: ▸gone.txt}\n", "there is no file", "give a .txt or .jsonl file, or OWNER/NAME"),
+        (MINIMAL + "bench: {text: ▸gone}\n", "there is no file", "give a .txt or .jsonl file, or OWNER/NAME"),
     ],
 )
 def test_an_error_names_its_line_and_column_and_what_was_meant(refusal, text, what, hint):
@@ -302,7 +309,7 @@ def test_later_settings_win(load):
         ("seed", "a setting is KEY=VALUE", "--set steps"),
         ("=1", "a setting is KEY=VALUE", "--set steps"),
         ("gates=[{assert: fast}]", "'fast' is not a gate", "METRIC <= BOUND"),
-        ("bench={text: gone.txt}", "there is no file 'gone.txt'", None),
+        ("bench={text: gone.txt}", "there is no file 'gone.txt'", "give a .txt or .jsonl file, or OWNER/NAME"),
         ("schema=llmopt.recipe/9", "has schema llmopt.recipe/9", "upgrade llmopt"),
     ],
 )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llmopt import demo
 from llmopt.artifact import load_manifest
+from llmopt.calibrate.text import built_in
 from llmopt.report.results import TIMING_METRICS
 from tests.whole_way import CommandLine, bytes_of
 
@@ -106,7 +107,7 @@ class TestQuantize:
         text = tmp_path / "text.txt"
         keys = []
         for count in (200, 300):
-            text.write_text("Once upon a time there was a farmer. " * count)
+            text.write_text("".join(built_in("calibration", count).documents))
             options = ("--method", "search", "--calib", text, "--calib-tokens", "1500", "--threads", "1", "--force")
             assert llmopt("quantize", "demo", "-o", tmp_path / "out", *options).code == 0
             keys.append(load_manifest(tmp_path / "out").key)

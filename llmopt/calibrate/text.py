@@ -62,11 +62,26 @@ def load_documents(path: Path) -> Corpus:
     if path.suffix not in (".txt", ".jsonl"):
         raise UsageError("text of an unknown format", where=str(path), hint=f"give {_FORMATS}")
     text = _read(path)
-    found = _lines_of_json(text, path) if path.suffix == ".jsonl" else _cut(text)
+    found = _lines_of_json(text, path) if path.suffix == ".jsonl" else cut(text)
     documents = tuple(document for document in found if document.strip())
     if not documents:
         raise UsageError("there is no text in it", where=str(path), hint=f"give {_FORMATS}")
     return Corpus(path.name, documents)
+
+
+def is_title(line: str) -> bool:
+    """Whether an article of WikiText begins with this line."""
+    return _TITLE.fullmatch(line.removesuffix("\n")) is not None
+
+
+def cut(text: str) -> list[str]:
+    """Text of a file as its documents, blank ones among them: see `load_documents`."""
+    titles = [match.start() for match in _TITLE.finditer(text)]
+    if len(titles) < 2:
+        return _SEPARATOR.split(text)
+    # Blank lines before the first title belong to it; anything else there is a document without one.
+    cuts = titles if text[: titles[0]].strip() else titles[1:]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
 def split(corpus: Corpus, calibration_fraction: float) -> tuple[Corpus, Corpus]:
@@ -123,15 +138,6 @@ def _text_of(line: str, where: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise UsageError("not an object with a string under the key 'text'", where=where, hint=_LINE)
     return str(value["text"])
-
-
-def _cut(text: str) -> list[str]:
-    titles = [match.start() for match in _TITLE.finditer(text)]
-    if len(titles) < 2:
-        return _SEPARATOR.split(text)
-    # Blank lines before the first title belong to it; anything else there is a document without one.
-    cuts = titles if text[: titles[0]].strip() else titles[1:]
-    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
 def _halves(corpus: Corpus, fraction: float) -> tuple[str, str]:

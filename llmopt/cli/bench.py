@@ -27,8 +27,13 @@ def bench(
         ),
     ] = None,
     text: Annotated[
-        Path | None,
-        typer.Option("--text", metavar="FILE", help="Text for accuracy, .txt or .jsonl (default: built-in stories)."),
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="Text for accuracy: .txt, .jsonl, or a dataset, NAME[:CONFIG[:SPLIT[:COLUMN]]], of the Hugging "
+            "Face Hub or in a folder. Default: built-in stories.",
+        ),
     ] = None,
     tokens: Annotated[
         int,

@@ -74,12 +74,13 @@ def quantize(
         ),
     ] = "rtn",
     calib: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--calib",
-            metavar="FILE",
-            help="Text (.txt, or .jsonl with the key text) for --budget and for methods that look at inputs: like what "
-            "the model will read. Default: stories that come with llmopt.",
+            metavar="TEXT",
+            help="Text (.txt, .jsonl with the key text, or a dataset, NAME[:CONFIG[:SPLIT[:COLUMN]]], of the Hugging "
+            "Face Hub or in a folder) for --budget and for methods that look at inputs: like what the model will read. "
+            "Default: stories that come with llmopt.",
         ),
     ] = None,
     calib_tokens: Annotated[

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmopt.artifact import load_manifest
-from llmopt.calibrate.text import Corpus, built_in, load_documents
+from llmopt.calibrate.load import TO_MEASURE, load_text
+from llmopt.calibrate.text import Corpus, built_in
 from llmopt.calibrate.windows import TokenWindows, windows
 from llmopt.engine.ort import OrtEngine
 from llmopt.measure.fidelity import compare
@@ -30,7 +31,7 @@ class BenchSettings:
     `tokens` None reads the whole text; fewer than it has are read at even distances.
     """
 
-    text: Path | None = None
+    text: str | Path | None = None
     tokens: int | None = 8192
     window: int = 512
     accuracy: bool = True
@@ -67,11 +68,12 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     for name in names:
         revision = request.revision if name == baseline_name else None
         check_lengths(name, spec_of(name, revision), request.settings)
+    corpus = evaluation_text(request.settings, progress)
     baseline = float_artifact(baseline_name, revision=request.revision, threads=request.threads, progress=progress)
     paths = [
         float_artifact(name, revision=None, threads=request.threads, progress=progress) for name in request.candidates
     ]
-    outcome = measure(request, baseline, paths, progress)
+    outcome = measure(request, corpus, baseline, paths, progress)
     report = assemble(request, baseline_name, baseline, paths, outcome)
     report = replace(report, gates=tuple(result for gate in request.gates for result in judge(gate, report)))
     if request.save:
@@ -90,12 +92,14 @@ def save(path: Path, candidate: Candidate, report: Report, progress: Progress) -
     keep(path, replace(report, candidates=(candidate,), gates=own_gates, settings=settings))
 
 
-def measure(request: BenchRequest, baseline: Path, paths: Sequence[Path], progress: Progress) -> Outcome:
+def measure(
+    request: BenchRequest, corpus: Corpus | None, baseline: Path, paths: Sequence[Path], progress: Progress
+) -> Outcome:
     """Sizes, then accuracy and latency as far as they are asked for."""
     settings = request.settings
     outcome = compare_sizes(baseline, paths)
-    if settings.accuracy:
-        tokens = read_text(settings, baseline)
+    if corpus is not None:
+        tokens = tokenized(corpus, settings, baseline)
         engines = [OrtEngine(path, request.threads) for path in (baseline, *paths)]
         outcome = outcome.with_outcome(compare(engines[0], engines[1:], tokens, request.seed, progress))
         note = oracle_note(tokens, settings, baseline)
@@ -108,9 +112,19 @@ def measure(request: BenchRequest, baseline: Path, paths: Sequence[Path], progre
     return outcome
 
 
-def read_text(settings: BenchSettings, folder: Path) -> TokenWindows:
+def evaluation_text(settings: BenchSettings, progress: Progress) -> Corpus | None:
+    """What accuracy is measured on, if it is.
+
+    Raises:
+        LlmoptError: it is not there, or cannot be read.
+    """
+    if not settings.accuracy:
+        return None
+    return built_in() if settings.text is None else load_text(settings.text, TO_MEASURE, progress)
+
+
+def tokenized(corpus: Corpus, settings: BenchSettings, folder: Path) -> TokenWindows:
     """The evaluation text in the baseline's tokens, read all through: intervals are as wide as documents are few."""
-    corpus: Corpus = built_in() if settings.text is None else load_documents(settings.text)
     return windows(corpus, Tokenizer.from_folder(folder), settings.window, settings.tokens, spread=True)
 
 

@@ -23,6 +23,7 @@ from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.pipeline.finite import OVERFLOW_HINT
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.spill import States
 from llmopt.quantize.execute import round_rows
@@ -42,6 +43,7 @@ KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 SAMPLED_TOKENS = 512
 HEAD_TOKENS = 8192
 TINY = torch.finfo(torch.float32).tiny
+CONTEXT = 8  # tokens by which a token and those before it are told from others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +117,18 @@ class Moment:
         """The mean, over the tokens of all processes.
 
         Raises:
-            LlmoptError: the inputs of the linear of that name are not finite.
+            LlmoptError: the inputs of the linear of that name are not finite, or there were none.
         """
         if not self.bounded.is_agreed:  # this process had no window of those that were looked at
             self.bounded.agree()
         self.ranks.add_up(self.sum_II)
         tokens = sum(self.ranks.gather(self.tokens))
+        if tokens == 0:
+            hint = "give more text with --calib, or --ignore the linear"
+            raise LlmoptError("no token of the calibration text reached a linear", where=name, hint=hint)
         if not bool(self.sum_II.isfinite().all()):
-            raise LlmoptError("in calibration the inputs of a linear are NaN or infinite", where=name)
+            what = "in calibration the inputs of a linear are NaN or infinite, or their squares are"
+            raise LlmoptError(what, where=name, hint=OVERFLOW_HINT)
         lower_II = self.sum_II.tril().div_(tokens)
         return InputStatistics(tokens=tokens, second_moment_II=lower_II + lower_II.tril(-1).T)
 
@@ -155,9 +161,10 @@ class Sampler:
 
 
 def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE) -> int:
-    """See that there are as many tokens as the widest linear has inputs, and a window for each process.
+    """See that there are as many tokens that are not just repeated as the widest linear has inputs, and a window for
+    each process.
 
-    Gives how many there are.
+    Gives how many tokens there are.
 
     Raises:
         UsageError: there are fewer, which would leave its second moment singular, or a process without work.
@@ -169,12 +176,25 @@ def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = 
         )
     tokens = sum(map(len, windows))
     widest = max(spec.linears(), key=lambda linear: linear.in_features)
+    different = different_tokens(windows)
+    if different < widest.in_features <= tokens:
+        raise UsageError(
+            f"the text to calibrate on repeats itself: of its {tokens} tokens {different} differ, in themselves or in "
+            f"the {CONTEXT - 1} before them, and {widest.name} has {widest.in_features} inputs",
+            hint="give text like what the model will read with --calib",
+        )
     if tokens < widest.in_features:
         raise UsageError(
             f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
             hint="give more text with --calib, or more of it with --calib-tokens",
         )
     return tokens
+
+
+def different_tokens(windows: Sequence[TokenIds]) -> int:
+    """How many tokens differ, in themselves or in those before them: repeated ones put the same into a linear again."""
+    contexts = [np.lib.stride_tricks.sliding_window_view(np.pad(ids, (CONTEXT - 1, 0)), CONTEXT) for ids in windows]
+    return len(np.unique(np.concatenate(contexts), axis=0))
 
 
 @dataclass

@@ -22,7 +22,8 @@ from llmopt.artifact import (
     write_json,
     write_manifest,
 )
-from llmopt.calibrate.text import built_in, load_documents
+from llmopt.calibrate.load import TO_FIT, load_text
+from llmopt.calibrate.text import built_in
 from llmopt.errors import UsageError
 from llmopt.export.card import Card, card_text
 from llmopt.measure.host import describe_host, versions
@@ -81,7 +82,9 @@ class QuantizeRequest:
     scheme: Scheme
     budget: Budget | None = None
     method: str = "rtn"
-    calib: Path | None = None  # text for a budget, or a method that needs inputs; None: what comes with llmopt
+    calib: str | Path | None = (
+        None  # text, or a dataset's name, for a budget, or a method that needs inputs; None: what comes with llmopt
+    )
     calib_tokens: int | None = None
     overrides: tuple[Override, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -194,7 +197,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
     method = find_method(request.method, format_.scales(source.spec))
     assignments = assign(source.spec, request.scheme, request.overrides, request.ignore, format_.tables)
     format_.check_layers(source.spec, assignments)
-    calibration = calibration_text(request, method)
+    calibration = calibration_text(request, method, progress)
     tokenizer, tokens = open_tokenizer(source), None
     if calibration is not None and looks_at_inputs(request.method):
         tokens = require_tokens(source.spec, calibration.windows(source.spec, tokenizer), ranks) // ranks.size
@@ -280,11 +283,12 @@ def require_same_work(manifest: Manifest, ranks: Ranks) -> None:
         )
 
 
-def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationText | None:
+def calibration_text(request: QuantizeRequest, method: Method, progress: Progress) -> CalibrationText | None:
     """What a budget, or a method that needs inputs, is given to read.
 
     Raises:
         UsageError: text is given where none is read, or is not there.
+        DataError: a dataset cannot be fetched, or holds no text.
     """
     if not looks_at_inputs(request.method) and request.budget is None:
         if request.calib is not None or request.calib_tokens is not None:
@@ -293,7 +297,7 @@ def calibration_text(request: QuantizeRequest, method: Method) -> CalibrationTex
                 hint="leave --calib out, or take another method",
             )
         return None
-    corpus = built_in("calibration") if request.calib is None else load_documents(request.calib)
+    corpus = built_in("calibration") if request.calib is None else load_text(request.calib, TO_FIT, progress)
     return CalibrationText(corpus=corpus, tokens=request.calib_tokens or CALIBRATION_TOKENS)
 
 

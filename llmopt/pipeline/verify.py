@@ -27,6 +27,7 @@ from llmopt.export.onnx.levels import in_float32
 from llmopt.measure.tokens import score
 from llmopt.model.spec import Block, ModelSpec
 from llmopt.pipeline.calibration import Weights
+from llmopt.pipeline.finite import require_finite
 from llmopt.progress import Progress
 from llmopt.quantize.execute import Rounding, quantized_apply, round_rows
 from llmopt.quantize.weights import QuantizedWeight
@@ -94,10 +95,15 @@ class Reference:
 
     @torch.inference_mode()
     def block(self, block: Block, weights: Weights) -> None:
-        """Run one block."""
+        """Run one block.
+
+        Raises:
+            ModelError: what comes out of it is not finite.
+        """
         for index, hidden in enumerate(self.hidden):
             turn = self.tables.turn(block, 0, hidden.shape[1])
             self.hidden[index] = block_forward(block, floats(weights), hidden, turn, apply=self._apply(weights))
+            require_finite(self.hidden[index], f"behind block {block.index}")
 
     def head(self, weights: Weights) -> None:
         """Keep what `logits` needs."""
@@ -105,12 +111,16 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, index: int) -> NDArray[np.float32]:
-        """Logits of one window, [tokens, vocab_size]."""
+        """Logits of one window, [tokens, vocab_size].
+
+        Raises:
+            ModelError: they are not finite.
+        """
         weights = self.head_weights
-        logits: NDArray[np.float32] = head_logits(
-            self.spec, floats(weights), self.hidden[index], apply=self._apply(weights)
-        )[0].numpy()
-        return logits
+        logits = head_logits(self.spec, floats(weights), self.hidden[index], apply=self._apply(weights))[0]
+        require_finite(logits, self.spec.head.name)
+        found: NDArray[np.float32] = logits.numpy()
+        return found
 
     def _apply(self, weights: Weights) -> "partial[Tensor]":
         return partial(quantized_apply, weights, round_activations=self.round_activations, rounding=self.rounding)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
-from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, without_dead_outliers
 from llmopt.quantize.int8 import CENTER, LARGEST_SUM, quantize_rows
 from llmopt.quantize.method import InputStatistics, required
 from llmopt.quantize.scheme import Scheme
@@ -46,6 +46,7 @@ class Gptq:
             LlmoptError: the second moment is not that of any inputs.
         """
         moment_II = required(inputs).second_moment_II
+        weight_OI = without_dead_outliers(weight_OI, moment_II.diagonal(), scheme.group_size)
         grid = self._grid(weight_OI, scheme, moment_II.diagonal())
         order_I = torch.argsort(moment_II.diagonal(), descending=True, stable=True)
         factor_II = inverse_factor(moment_II[order_I][:, order_I], self.damping)

@@ -47,6 +47,22 @@ def grouped(weight_OI: Tensor, group_size: int | None) -> Tensor:
     return torch.nn.functional.pad(weight_OI, (0, padding)).reshape(len(weight_OI), -1, size)
 
 
+def without_dead_outliers(weight_OI: Tensor, importance_I: Tensor, group_size: int | None) -> Tensor:
+    """The weights, those of inputs that never were anything but 0 no larger than the others of their group.
+
+    Such weights are multiplied by nothing, and a large one would take the group's grid away from those that are.
+    """
+    if bool(importance_I.all()):
+        return weight_OI
+    dead_GS = grouped(importance_I[None], group_size)[0] == 0
+    groups_OGS = grouped(weight_OI, group_size)
+    largest_OG1 = groups_OGS.abs().masked_fill(dead_GS, 0).amax(-1, keepdim=True)
+    # Where no input of a group is alive, all of its weights count alike.
+    clipped_GS = dead_GS & ~dead_GS.all(-1, keepdim=True)
+    bounded_OGS = torch.where(clipped_GS, groups_OGS.clamp(-largest_OG1, largest_OG1), groups_OGS)
+    return bounded_OGS.flatten(1)[:, : weight_OI.shape[1]].contiguous()
+
+
 def quantize_to(weight_OI: Tensor, scheme: Scheme, scales_OG: Tensor, zero_points_OG: Tensor | None) -> QuantizedWeight:
     """Round each weight to the nearest point of a given grid."""
     groups_OGS = grouped(weight_OI, scheme.group_size)

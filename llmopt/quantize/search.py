@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to, without_dead_outliers
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.method import InputStatistics, required
 from llmopt.quantize.scheme import Scheme
@@ -32,6 +32,7 @@ class Search:
 
     def round_to_grid(self, weight_OI: Tensor, scheme: Scheme, importance_I: Tensor) -> QuantizedWeight:
         """The same, from the mean square of each input, [in]."""
+        weight_OI = without_dead_outliers(weight_OI, importance_I, scheme.group_size)
         if scheme.activation_bits == 8:
             return quantize_rows(weight_OI, scheme, self.scales)
         shrinks = [1 - self.clip_range * step / self.clip_steps for step in range(self.clip_steps)]

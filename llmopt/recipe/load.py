@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from llmopt.calibrate.dataset_name import SYNTAX, could_be_on_the_hub
 from llmopt.errors import RecipeError, near_match
 from llmopt.recipe.document import Document, Keys, Place, parse
 from llmopt.recipe.schema import SCHEMA, Recipe, Vocabulary
@@ -124,7 +125,7 @@ def _check_names(recipe: Recipe, document: Document) -> None:
 
 
 def _with_texts_found(recipe: Recipe, document: Document) -> Recipe:
-    """The recipe with its paths to text made those of files that are there."""
+    """The recipe with its paths to text made those of what is there."""
     steps = []
     for index, step in enumerate(recipe.steps):
         calib = _found(step.quantize.calib, document.place(("steps", index, "quantize", "calib")))
@@ -136,10 +137,18 @@ def _with_texts_found(recipe: Recipe, document: Document) -> Recipe:
     return recipe.model_copy(update={"bench": recipe.bench.model_copy(update={"text": text})})
 
 
-def _found(text: Path | None, place: Place) -> Path | None:
+def _found(text: str | None, place: Place) -> str | None:
+    """What is here wins over the Hub; whether a dataset is there, is found when it is read."""
     if text is None:
         return None
     found = place.folder / text
-    if not found.is_file():
-        raise RecipeError(f"there is no file {str(found)!r}", where=str(place))
-    return found
+    if found.is_file():
+        return str(found)
+    name, colon, parts = text.partition(":")
+    if (place.folder / name).is_dir():
+        return f"{place.folder / name}{colon}{parts}"
+    if could_be_on_the_hub(text):
+        return text
+    raise RecipeError(
+        f"there is no file {str(found)!r}", where=str(place), hint=f"give a .txt or .jsonl file, or {SYNTAX}"
+    )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
@@ -104,8 +103,9 @@ class QuantizeStep(_Section):
     """Choose each layer's scheme within 92MB, 4.5bits or '+2% perplexity'. null: every layer gets `scheme`."""
     method: Annotated[str, AfterValidator(_known_method)] = "rtn"
     """How the numbers are found: rtn, search, gptq; awq or smoothquant may stand before, as in smoothquant+gptq."""
-    calib: Annotated[Path | None, Field(strict=False)] = None
-    """Text for a budget and methods that look at inputs: a file, relative to the recipe. null: llmopt's own stories."""
+    calib: str | None = None
+    """Text for a budget and methods that look at inputs: a file, relative to the recipe, or a Hugging Face dataset such
+    as Salesforce/wikitext:wikitext-2-raw-v1:train. null: llmopt's own stories."""
     calib_tokens: Count | None = None
     """How much of it is read, in tokens. null: 32768."""
     ignore: Many[str] = ()
@@ -125,8 +125,9 @@ class Step(_Section):
 class BenchStep(_Section):
     """How candidates are measured against the baseline."""
 
-    text: Annotated[Path | None, Field(strict=False)] = None
-    """Text to measure accuracy on: a file, relative to the recipe. null: the text that comes with llmopt."""
+    text: str | None = None
+    """Text to measure accuracy on: a file, relative to the recipe, or a Hugging Face dataset such as
+    Salesforce/wikitext:wikitext-2-raw-v1:test. null: the text that comes with llmopt."""
     tokens: Count = 8192
     """How much of the text is read, in tokens, spread evenly over it."""
     window: Annotated[int, Field(ge=2)] = 512

@@ -45,6 +45,7 @@ def test_a_command_ends_with_the_code_that_it_returns(run_raising, code):
         (errors.LlmoptError, 3),
         (errors.ModelError, 3),
         (errors.UnsupportedError, 3),
+        (errors.DataError, 3),
         (errors.ArtifactError, 3),
         (errors.FallbackError, 3),
         (errors.BudgetError, 3),

@@ -14,6 +14,7 @@ from llmopt.quantize.grid import (
     quantize_to,
     round_to_codes,
     symmetric_scales,
+    without_dead_outliers,
 )
 from llmopt.quantize.scheme import parse_scheme
 
@@ -158,3 +159,12 @@ def test_weights_go_to_the_nearest_point_of_the_given_grid() -> None:
     assert weight.codes_OI[0, :5].tolist() == [0, 4, 3, 15, 15]
     assert weight.codes_OI[0, 32:35].tolist() == [0, 15, 14]
     assert weight.dequantize()[0, [0, 1, 2, 3, 32, 33, 34]].tolist() == [-1.5, 0.5, 0.0, 6.0, -3.75, 0.0, -0.25]
+
+
+def test_large_weights_of_dead_inputs_are_no_larger_than_the_others_of_their_group() -> None:
+    weight_OI = torch.tensor([[1.0, 90.0, -2.0, -90.0, 0.5], [3.0, 1.0, 4.0, 1.0, 5.0]])
+    importance_I = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    expected_OI = torch.tensor([[1.0, 1.0, -2.0, -2.0, 0.5], [3.0, 1.0, 4.0, 1.0, 5.0]])
+    assert torch.equal(without_dead_outliers(weight_OI, importance_I, 2), expected_OI)
+    assert torch.equal(without_dead_outliers(weight_OI, torch.zeros(5), None), weight_OI)
+    assert without_dead_outliers(weight_OI, torch.ones(5), 2) is weight_OI
