@@ -92,6 +92,7 @@ class Prepared:
             tokens=self.tokens,
             folds=bool(self.folds),
             limit_bytes=limit_bytes(),
+            refits=self.method.refits_blocks,
         )
         needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
         needed.require_room(self.request.output)
