@@ -36,7 +36,8 @@ def llmopt(capfd, cache, monkeypatch):
 @pytest.fixture(scope="session")
 def int4(tmp_path_factory):
     """The embedded model with 4-bit weights; copy it to change it."""
-    from llmopt.pipeline.quantize import QuantizeRequest, quantize
+    from llmopt.pipeline.quantize import quantize
+    from llmopt.pipeline.request import QuantizeRequest
     from llmopt.quantize.scheme import parse_scheme
 
     folder = tmp_path_factory.mktemp("artifacts") / "int4"

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console as RichConsole
 
-    from llmopt.pipeline.quantize import Prepared, QuantizeRequest, QuantizeResult
+    from llmopt.pipeline.prepare import Prepared
+    from llmopt.pipeline.quantize import QuantizeResult
+    from llmopt.pipeline.request import QuantizeRequest
     from llmopt.quantize.assign import Override
     from llmopt.report.results import LayerResult
 
@@ -162,7 +164,7 @@ def quantize(
     shown = Shown(explain=explain, plot=plot)
     shown.check(has_budget=asked is not None)
 
-    from llmopt.pipeline.quantize import QuantizeRequest
+    from llmopt.pipeline.request import QuantizeRequest
 
     request = QuantizeRequest(
         model=model,
@@ -204,7 +206,7 @@ def parse_override(text: str) -> "Override":
 def show_plan(request: "QuantizeRequest", console: Console, shown: Shown) -> None:
     """Say what would be done."""
     from llmopt.artifact import check_destination
-    from llmopt.pipeline.quantize import prepare, with_plan
+    from llmopt.pipeline.prepare import prepare, with_plan
     from llmopt.precision.explain import explain, plan_json
 
     check_destination(request.output, force=request.force)

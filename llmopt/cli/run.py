@@ -12,7 +12,7 @@ from llmopt.cli.outcome import resumable
 from llmopt.errors import ExitCode
 
 if TYPE_CHECKING:
-    from llmopt.pipeline.quantize import Prepared
+    from llmopt.pipeline.prepare import Prepared
     from llmopt.pipeline.run import RunResult
 
 

@@ -12,7 +12,7 @@ from llmopt.model.source import open_source
 from llmopt.pipeline.export import Export, export
 from llmopt.pipeline.formats.onnx import ONNX, estimated_bytes
 from llmopt.pipeline.formats.registry import find_format
-from llmopt.pipeline.quantize import source_entry
+from llmopt.pipeline.prepare import source_entry
 from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment

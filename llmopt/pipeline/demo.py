@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 from llmopt.artifact import check_destination
 from llmopt.measure.latency import LatencySettings
 from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
-from llmopt.pipeline.quantize import QuantizeRequest, quantize
+from llmopt.pipeline.quantize import quantize
+from llmopt.pipeline.request import QuantizeRequest
 from llmopt.progress import Progress
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.report.results import Report

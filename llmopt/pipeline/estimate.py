@@ -27,6 +27,9 @@ FLOAT, DOUBLE = 4, 8
 FITTED_BYTES = 10 * FLOAT
 # A second moment: a few times in float32, and, while it is factored, six times in float64.
 MOMENT_BYTES = 4 * FLOAT + 6 * DOUBLE
+# A weight while it learns: as a float, its place among the codes, its levels, the dense weight, its gradient, and what a
+# step makes of that.
+LEARNT_BYTES = 7 * FLOAT
 # A quantized matrix that is turned into floats: codes less zero points, scales, and their product.
 DENSE_BYTES = 3 * FLOAT
 SCORES = 3  # copies of the scores of one window's attention: as they are, masked, and as weights
@@ -108,6 +111,7 @@ class Work:
     tokens: int | None
     folds: bool
     limit_bytes: int  # of one list of activations; more of it is on the disk
+    refits: bool = False  # blocks, from the float model's hidden states beside the others
 
     def estimate(self, output_bytes: int) -> Estimate:
         """The estimate, for this process as it is now, where model files will take so much."""
@@ -139,8 +143,10 @@ class Work:
         attention, mlp = block.attention, block.mlp
         groups = (attention.inputs, [attention.output], mlp.inputs, [mlp.down])
         copies = 2 if self.folds else 1  # the quantized weights as floats, and the folded ones
-        floats = copies * FLOAT * sum(tensor.count for tensor in block.tensors())
-        return held + floats + self._states_bytes(block) + max(map(self._fitted_bytes, groups))
+        count = sum(tensor.count for tensor in block.tensors())
+        fitted = self._states_bytes(block) + max(map(self._fitted_bytes, groups))
+        learnt = LEARNT_BYTES * count if self.refits else 0
+        return held + copies * FLOAT * count + self._other_states_bytes(block) + max(fitted, learnt)
 
     def _head_step(self) -> int:
         hidden, _ = self._lists(self.spec.blocks[-1])
@@ -153,6 +159,11 @@ class Work:
         wide = FLOAT * tokens * block.mlp.size
         scores = SCORES * FLOAT * block.attention.heads * min(WINDOW, tokens) ** 2
         return 2 * hidden + heads + (wide if wide <= KEPT_BYTES else 0) + scores
+
+    def _other_states_bytes(self, block: Block) -> int:
+        """What the float model's blocks give, and what entered the quantized block, if blocks learn from that."""
+        hidden, _ = self._lists(block)
+        return 2 * min(hidden, self.limit_bytes) if self.refits else 0
 
     def _lists(self, block: Block) -> tuple[int, int]:
         """What the calibration keeps of all tokens: hidden states, and what enters the output of attention."""

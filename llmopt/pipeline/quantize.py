@@ -1,20 +1,16 @@
 """From a model to a quantized artifact that was held against what it should compute."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmopt import __version__
 from llmopt.artifact import (
     MODEL_CARD,
     REPORT,
     Journal,
     Manifest,
-    Resume,
-    Source,
     check_destination,
     discard_journal,
     journal,
@@ -22,145 +18,29 @@ from llmopt.artifact import (
     write_json,
     write_manifest,
 )
-from llmopt.calibrate.load import TO_FIT, load_text
-from llmopt.calibrate.text import built_in
 from llmopt.errors import UsageError
 from llmopt.export.card import Card, card_text
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
-from llmopt.model.source import ModelSource, open_source
-from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText, require_tokens
-from llmopt.pipeline.estimate import Estimate, Work
+from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.export import Export, assist, export
-from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
-from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.heldout import HeldOutLoss
 from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.mixed import (
     ROUNDS,
     ExceededError,
-    Mix,
-    divided,
-    fixed_layers,
     outcome_json,
     outcome_note,
-    overhead_bytes,
-    planned,
-    require_float_activations,
 )
-from llmopt.pipeline.parts import fits_table
+from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
 from llmopt.pipeline.ranks import ALONE, Ranks
-from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
-from llmopt.pipeline.spill import limit_bytes
+from llmopt.pipeline.request import QuantizeRequest
 from llmopt.pipeline.verify import Verification
-from llmopt.precision.budget import Budget, SizeBudget
-from llmopt.precision.groups import fused_groups
 from llmopt.precision.plan import Plan, solve
 from llmopt.progress import Progress, Silent
-from llmopt.quantize.assign import Assignment, Override, assign
-from llmopt.quantize.fold import Fold
-from llmopt.quantize.method import Method
-from llmopt.quantize.registry import find_folds, find_method, looks_at_inputs
-from llmopt.quantize.rtn import Rtn
-from llmopt.quantize.scheme import Scheme
+from llmopt.quantize.registry import looks_at_inputs
 from llmopt.report.results import Candidate, LayerResult, Measurement, Report
-
-MIXED = "mixed"  # the scheme of an artifact in which a budget chose that of every layer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeRequest:
-    """What to quantize, how, and where to. Everything in it can be checked before a weight is read.
-
-    With a `budget` each layer that no pattern names gets the scheme that the budget is best spent on; of `scheme` only
-    what it says of activations counts then.
-    """
-
-    model: str
-    output: Path
-    scheme: Scheme
-    budget: Budget | None = None
-    method: str = "rtn"
-    calib: str | Path | None = (
-        None  # text, or a dataset's name, for a budget, or a method that needs inputs; None: what comes with llmopt
-    )
-    calib_tokens: int | None = None
-    overrides: tuple[Override, ...] = ()
-    ignore: tuple[str, ...] = ()
-    revision: str | None = None
-    trust_remote_code: bool = False
-    format: str = ONNX.name
-    seed: int = 0
-    threads: int = 1
-    force: bool = False
-    resume: Resume = Resume.IF_SAME  # the journal of a calibrated method that was stopped
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A request whose model was found and whose layers have their schemes: all that a dry run needs."""
-
-    request: QuantizeRequest
-    source: ModelSource
-    format: Format
-    method: Method
-    folds: tuple[Fold, ...]
-    assignments: Mapping[str, Assignment]
-    calibration: CalibrationText | None
-    mix: Mix | None = None  # for a request with a budget
-    plan: Plan | None = None  # once it was made; the assignments are then its own
-    notes: tuple[str, ...] = ()  # about the model
-    tokens: int | None = None  # that this process calibrates on, for a method that looks at inputs
-
-    @property
-    def estimated_bytes(self) -> int:
-        """What the weights will take on disk; at most, as long as a budget has no plan."""
-        if self.plan is None and isinstance(self.request.budget, SizeBudget):
-            return self.request.budget.model_bytes
-        return self.format.estimated_bytes(self.source.spec, self.assignments)
-
-    def method_of(self, layer: str) -> str:
-        """What finds a layer's numbers; a table is never folded, and fitted only where it is the head too."""
-        spec = self.source.spec
-        if layer != spec.embedding.name and not (spec.tied and layer == spec.head.name):
-            return self.request.method
-        rounded = self.method.needs_inputs and not fits_table(spec, self.assignments[layer].scheme, self.method)
-        return Rtn.name if rounded else self.method.name
-
-    def require_room(self) -> Estimate:
-        """See that memory and disk suffice; gives what is needed of both, once a budget has its plan.
-
-        Raises:
-            ResourceError: they do not.
-        """
-        work = Work(
-            spec=self.source.spec,
-            assignments=self.assignments,
-            format=self.format,
-            tokens=self.tokens,
-            folds=bool(self.folds),
-            limit_bytes=limit_bytes(),
-        )
-        needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
-        needed.require_room(self.request.output)
-        return needed
-
-    def manifest(self) -> Manifest:
-        """The manifest without its files; its key says whether an artifact is the one that this would write."""
-        request = self.request
-        return Manifest(
-            source=source_entry(self.source),
-            format=self.format.name,
-            scheme=request.scheme.name if request.budget is None else MIXED,
-            budget=None if request.budget is None else str(request.budget),
-            method=request.method,
-            calibration=None if self.calibration is None else self.calibration.entry(),
-            overrides={pattern: scheme.name for pattern, scheme in request.overrides},
-            ignore=request.ignore,
-            seed=request.seed,
-            versions={"llmopt": __version__, **versions()},
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,96 +58,6 @@ class QuantizeResult:
     plan: Plan | None = None
 
 
-def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) -> Prepared:
-    """Find the model and decide what each layer gets, without reading a weight.
-
-    Raises:
-        LlmoptError: the model is not there, not supported, or lacks a tensor or its tokenizer; a pattern is wrong; or
-            there is too little text to calibrate on.
-    """
-    refuse_artifact(request.model)
-    format_, folds = find_format(request.format), find_folds(request.method)
-    require_measurable(request)
-    require_journal(request)
-    require_spreadable(request, ranks)
-    source = open_source(
-        request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
-    )
-    format_.check(source.spec)
-    method = find_method(request.method, format_.scales(source.spec))
-    assignments = assign(source.spec, request.scheme, request.overrides, request.ignore, format_.tables)
-    format_.check_layers(source.spec, assignments)
-    calibration = calibration_text(request, method, progress)
-    tokenizer, tokens = open_tokenizer(source), None
-    if calibration is not None and looks_at_inputs(request.method):
-        tokens = require_tokens(source.spec, calibration.windows(source.spec, tokenizer), ranks) // ranks.size
-    note = unknown_tensors_note(source)
-    mix = None
-    if request.budget is not None:
-        assert calibration is not None
-        require_float_activations(request.scheme)
-        calibration, held_out = divided(calibration)
-        mix = Mix(
-            source=source,
-            budget=request.budget,
-            groups=fused_groups(source.spec, fixed_layers(source.spec, assignments, request.overrides, request.ignore)),
-            fitted=calibration.corpus,
-            held_out=held_out,
-            method=method.name,
-            seed=request.seed,
-            threads=request.threads,
-        )
-        mix.require_reachable()
-    return Prepared(
-        request=request,
-        source=source,
-        format=format_,
-        method=method,
-        folds=folds,
-        assignments=assignments,
-        calibration=calibration,
-        mix=mix,
-        notes=() if note is None else (note,),
-        tokens=tokens,
-    )
-
-
-def require_measurable(request: QuantizeRequest) -> None:
-    """See that what a budget chose could be held against it, which is done in onnxruntime.
-
-    Raises:
-        UsageError: it could not.
-    """
-    if request.budget is not None and request.format != ONNX.name:
-        raise UsageError(
-            f"a budget is for {ONNX.name}: its sizes are that format's, and what was lost is measured in onnxruntime",
-            hint=f"leave --budget or --format {request.format} out",
-        )
-
-
-def require_journal(request: QuantizeRequest) -> None:
-    """See that there can be something to go on from, where a request insists on it.
-
-    Raises:
-        UsageError: its method keeps no journal.
-    """
-    if request.resume is Resume.REQUIRED and not looks_at_inputs(request.method):
-        raise UsageError(f"method {request.method} takes seconds, and keeps no journal", hint="leave --resume out")
-
-
-def require_spreadable(request: QuantizeRequest, ranks: Ranks) -> None:
-    """See that there is work for several processes.
-
-    Raises:
-        UsageError: there is not, and there are several.
-    """
-    if ranks.size > 1 and not looks_at_inputs(request.method):
-        raise UsageError(
-            f"method {request.method} reads no text that {ranks.size} processes could divide among them",
-            hint="run it without torchrun, or take another method: --method gptq",
-        )
-
-
 def require_same_work(manifest: Manifest, ranks: Ranks) -> None:
     """See that all processes are about to write the same.
 
@@ -281,24 +71,6 @@ def require_same_work(manifest: Manifest, ranks: Ranks) -> None:
             f"process {other} has another model, text, version of a library or option than process 0",
             hint="give all machines the same",
         )
-
-
-def calibration_text(request: QuantizeRequest, method: Method, progress: Progress) -> CalibrationText | None:
-    """What a budget, or a method that needs inputs, is given to read.
-
-    Raises:
-        UsageError: text is given where none is read, or is not there.
-        DataError: a dataset cannot be fetched, or holds no text.
-    """
-    if not looks_at_inputs(request.method) and request.budget is None:
-        if request.calib is not None or request.calib_tokens is not None:
-            raise UsageError(
-                f"method {method.name} looks at the weights alone: it reads no text",
-                hint="leave --calib out, or take another method",
-            )
-        return None
-    corpus = built_in("calibration") if request.calib is None else load_text(request.calib, TO_FIT, progress)
-    return CalibrationText(corpus=corpus, tokens=request.calib_tokens or CALIBRATION_TOKENS)
 
 
 def quantize(request: QuantizeRequest, progress: Progress | None = None, ranks: Ranks = ALONE) -> QuantizeResult:
@@ -347,22 +119,8 @@ def write_within_budget(prepared: Prepared, kept: Journal | None, progress: Prog
             assert prepared.plan is not None
             progress.say(f"{exceeded.what}: once more, with what was learnt")
             plan, correction = prepared.plan, exceeded.correction
-            prepared = _planned(prepared, ranks.of_first(partial(solve, plan.problem, plan.budget, correction)))
+            prepared = replanned(prepared, ranks.of_first(partial(solve, plan.problem, plan.budget, correction)))
     return write(prepared, kept, progress, ranks)
-
-
-def with_plan(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> Prepared:
-    """The same with the schemes that its budget is best spent on, which takes reading all weights.
-
-    Raises:
-        LlmoptError: the weights are damaged, or nothing is within the budget.
-    """
-    mix = prepared.mix
-    return prepared if mix is None else _planned(prepared, ranks.of_first(lambda: mix.plan(progress)))
-
-
-def _planned(prepared: Prepared, plan: Plan) -> Prepared:
-    return dataclasses.replace(prepared, plan=plan, assignments=planned(prepared.assignments, plan))
 
 
 def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks) -> QuantizeResult:
@@ -427,12 +185,6 @@ def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeRes
         needed=needed,
         plan=prepared.plan,
     )
-
-
-def source_entry(source: ModelSource) -> Source:
-    """The source as a manifest names it: a local one by its last name, for paths mean nothing elsewhere."""
-    name = source.name if source.revision is not None else Path(source.name).name
-    return Source(name=name, revision=source.revision, fingerprint=source.fingerprint())
 
 
 def describe(

@@ -9,7 +9,9 @@ from llmopt.measure.latency import LatencySettings
 from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
 from llmopt.pipeline.bench_checks import check_lengths
 from llmopt.pipeline.formats.onnx import ONNX
-from llmopt.pipeline.quantize import Prepared, QuantizeRequest, execute, prepare
+from llmopt.pipeline.prepare import Prepared, prepare
+from llmopt.pipeline.quantize import execute
+from llmopt.pipeline.request import QuantizeRequest
 from llmopt.precision.budget import parse_budget
 from llmopt.progress import Progress
 from llmopt.quantize.scheme import parse_scheme

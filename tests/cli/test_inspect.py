@@ -136,7 +136,8 @@ def test_an_unsupported_model_fails_without_output(tmp_path: Path, capsys: pytes
 
 
 def test_sizes_are_those_that_quantize_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from llmopt.pipeline.quantize import QuantizeRequest, quantize
+    from llmopt.pipeline.quantize import quantize
+    from llmopt.pipeline.request import QuantizeRequest
     from llmopt.quantize.scheme import parse_scheme
 
     predicted = {entry["scheme"]: entry["size_bytes"] for entry in as_json(capsys, "demo")["predicted_sizes"]}

@@ -7,7 +7,8 @@ import pytest
 
 from llmopt.errors import UsageError
 from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
-from llmopt.pipeline.quantize import QuantizeRequest, prepare
+from llmopt.pipeline.prepare import prepare
+from llmopt.pipeline.request import QuantizeRequest
 from llmopt.progress import Silent
 from llmopt.quantize.scheme import parse_scheme
 

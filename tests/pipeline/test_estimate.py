@@ -20,6 +20,7 @@ from llmopt.quantize.scheme import parse_scheme
 from tests.whole_way import CommandLine
 
 MIB = 2**20
+LEARNT = ("--scheme", "w4a16", "--method", "reconstruct", "--calib-tokens", "2048", "--threads", "1")
 CALIBRATED = ("--scheme", "w4a16", "--method", "search", "--calib-tokens", "4096", "--threads", "1")
 
 
@@ -45,7 +46,7 @@ def estimated(spec, *, tokens=None, folds=False, format_="onnx", limit=sys.maxsi
     return work.estimate(output_bytes=0)
 
 
-@pytest.mark.parametrize("options", [("--scheme", "w8a8", "--threads", "1"), CALIBRATED])
+@pytest.mark.parametrize("options", [("--scheme", "w8a8", "--threads", "1"), CALIBRATED, LEARNT])
 def test_a_run_peaks_near_what_it_said(options, out):
     """In a process of its own, which has the memory that a command has."""
     program = [sys.executable, "-m", "llmopt", "quantize", "demo", "-o", str(out), "--json", *options]

@@ -16,7 +16,9 @@ from llmopt.export.checkpoint.gptq import Gptq
 from llmopt.model.families import spec_from_config
 from llmopt.model.spec import Linear
 from llmopt.pipeline.formats.gptq import GPTQ
-from llmopt.pipeline.quantize import QuantizeRequest, QuantizeResult, prepare, quantize
+from llmopt.pipeline.prepare import prepare
+from llmopt.pipeline.quantize import QuantizeResult, quantize
+from llmopt.pipeline.request import QuantizeRequest
 from llmopt.progress import Silent
 from llmopt.quantize.assign import assign
 from llmopt.quantize.grid import ScaleRule

@@ -15,7 +15,9 @@ from llmopt.artifact import load_manifest
 from llmopt.errors import LlmoptError, UnsupportedError, UsageError
 from llmopt.model.families import spec_from_config
 from llmopt.pipeline.formats.hf import HF
-from llmopt.pipeline.quantize import QuantizeRequest, QuantizeResult, prepare, quantize
+from llmopt.pipeline.prepare import prepare
+from llmopt.pipeline.quantize import QuantizeResult, quantize
+from llmopt.pipeline.request import QuantizeRequest
 from llmopt.progress import Silent
 from llmopt.quantize.assign import assign
 from llmopt.quantize.pack import pack_words

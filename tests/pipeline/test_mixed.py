@@ -10,7 +10,9 @@ from llmopt.artifact import load_manifest
 from llmopt.errors import BudgetError
 from llmopt.measure.size import model_bytes
 from llmopt.pipeline import mixed
-from llmopt.pipeline.quantize import QuantizeRequest, execute, prepare, with_plan
+from llmopt.pipeline.prepare import prepare, with_plan
+from llmopt.pipeline.quantize import execute
+from llmopt.pipeline.request import QuantizeRequest
 from llmopt.precision.budget import PerplexityBudget, SizeBudget, parse_budget
 from llmopt.precision.plan import solve
 from llmopt.progress import Silent

@@ -1,0 +1,190 @@
+"""A request made ready: its model found, its layers given their schemes. Only the plan of a budget reads weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmopt import __version__
+from llmopt.artifact import (
+    Manifest,
+    Source,
+)
+from llmopt.measure.host import versions
+from llmopt.model.source import ModelSource, open_source
+from llmopt.pipeline.calibration import CalibrationText, require_tokens
+from llmopt.pipeline.estimate import Estimate, Work
+from llmopt.pipeline.formats.base import Format
+from llmopt.pipeline.formats.registry import find_format
+from llmopt.pipeline.mixed import (
+    Mix,
+    divided,
+    fixed_layers,
+    overhead_bytes,
+    planned,
+    require_float_activations,
+)
+from llmopt.pipeline.parts import fits_table
+from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.request import (
+    QuantizeRequest,
+    calibration_text,
+    require_journal,
+    require_measurable,
+    require_spreadable,
+)
+from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
+from llmopt.pipeline.spill import limit_bytes
+from llmopt.precision.budget import SizeBudget
+from llmopt.precision.groups import fused_groups
+from llmopt.precision.plan import Plan
+from llmopt.progress import Progress
+from llmopt.quantize.assign import Assignment, assign
+from llmopt.quantize.fold import Fold
+from llmopt.quantize.method import Method
+from llmopt.quantize.registry import find_folds, find_method, looks_at_inputs
+from llmopt.quantize.rtn import Rtn
+
+MIXED = "mixed"  # the scheme of an artifact in which a budget chose that of every layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request whose model was found and whose layers have their schemes: all that a dry run needs."""
+
+    request: QuantizeRequest
+    source: ModelSource
+    format: Format
+    method: Method
+    folds: tuple[Fold, ...]
+    assignments: Mapping[str, Assignment]
+    calibration: CalibrationText | None
+    mix: Mix | None = None  # for a request with a budget
+    plan: Plan | None = None  # once it was made; the assignments are then its own
+    notes: tuple[str, ...] = ()  # about the model
+    tokens: int | None = None  # that this process calibrates on, for a method that looks at inputs
+
+    @property
+    def estimated_bytes(self) -> int:
+        """What the weights will take on disk; at most, as long as a budget has no plan."""
+        if self.plan is None and isinstance(self.request.budget, SizeBudget):
+            return self.request.budget.model_bytes
+        return self.format.estimated_bytes(self.source.spec, self.assignments)
+
+    def method_of(self, layer: str) -> str:
+        """What finds a layer's numbers; a table is never folded, and fitted only where it is the head too."""
+        spec = self.source.spec
+        if layer != spec.embedding.name and not (spec.tied and layer == spec.head.name):
+            return self.request.method
+        rounded = self.method.needs_inputs and not fits_table(spec, self.assignments[layer].scheme, self.method)
+        return Rtn.name if rounded else self.method.name
+
+    def require_room(self) -> Estimate:
+        """See that memory and disk suffice; gives what is needed of both, once a budget has its plan.
+
+        Raises:
+            ResourceError: they do not.
+        """
+        work = Work(
+            spec=self.source.spec,
+            assignments=self.assignments,
+            format=self.format,
+            tokens=self.tokens,
+            folds=bool(self.folds),
+            limit_bytes=limit_bytes(),
+            refits=self.method.refits_blocks,
+        )
+        needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
+        needed.require_room(self.request.output)
+        return needed
+
+    def manifest(self) -> Manifest:
+        """The manifest without its files; its key says whether an artifact is the one that this would write."""
+        request = self.request
+        return Manifest(
+            source=source_entry(self.source),
+            format=self.format.name,
+            scheme=request.scheme.name if request.budget is None else MIXED,
+            budget=None if request.budget is None else str(request.budget),
+            method=request.method,
+            calibration=None if self.calibration is None else self.calibration.entry(),
+            overrides={pattern: scheme.name for pattern, scheme in request.overrides},
+            ignore=request.ignore,
+            seed=request.seed,
+            versions={"llmopt": __version__, **versions()},
+        )
+
+
+def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) -> Prepared:
+    """Find the model and decide what each layer gets, without reading a weight.
+
+    Raises:
+        LlmoptError: the model is not there, not supported, or lacks a tensor or its tokenizer; a pattern is wrong; or
+            there is too little text to calibrate on.
+    """
+    refuse_artifact(request.model)
+    format_, folds = find_format(request.format), find_folds(request.method)
+    require_measurable(request)
+    require_journal(request)
+    require_spreadable(request, ranks)
+    source = open_source(
+        request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
+    )
+    format_.check(source.spec)
+    method = find_method(request.method, format_.scales(source.spec))
+    assignments = assign(source.spec, request.scheme, request.overrides, request.ignore, format_.tables)
+    format_.check_layers(source.spec, assignments)
+    calibration = calibration_text(request, method, progress)
+    tokenizer, tokens = open_tokenizer(source), None
+    if calibration is not None and looks_at_inputs(request.method):
+        tokens = require_tokens(source.spec, calibration.windows(source.spec, tokenizer), ranks) // ranks.size
+    note = unknown_tensors_note(source)
+    mix = None
+    if request.budget is not None:
+        assert calibration is not None
+        require_float_activations(request.scheme)
+        calibration, held_out = divided(calibration)
+        mix = Mix(
+            source=source,
+            budget=request.budget,
+            groups=fused_groups(source.spec, fixed_layers(source.spec, assignments, request.overrides, request.ignore)),
+            fitted=calibration.corpus,
+            held_out=held_out,
+            method=method.name,
+            seed=request.seed,
+            threads=request.threads,
+        )
+        mix.require_reachable()
+    return Prepared(
+        request=request,
+        source=source,
+        format=format_,
+        method=method,
+        folds=folds,
+        assignments=assignments,
+        calibration=calibration,
+        mix=mix,
+        notes=() if note is None else (note,),
+        tokens=tokens,
+    )
+
+
+def with_plan(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> Prepared:
+    """The same with the schemes that its budget is best spent on, which takes reading all weights.
+
+    Raises:
+        LlmoptError: the weights are damaged, or nothing is within the budget.
+    """
+    mix = prepared.mix
+    return prepared if mix is None else replanned(prepared, ranks.of_first(lambda: mix.plan(progress)))
+
+
+def replanned(prepared: Prepared, plan: Plan) -> Prepared:
+    """The same with the schemes of a plan."""
+    return dataclasses.replace(prepared, plan=plan, assignments=planned(prepared.assignments, plan))
+
+
+def source_entry(source: ModelSource) -> Source:
+    """The source as a manifest names it: a local one by its last name, for paths mean nothing elsewhere."""
+    name = source.name if source.revision is not None else Path(source.name).name
+    return Source(name=name, revision=source.revision, fingerprint=source.fingerprint())
