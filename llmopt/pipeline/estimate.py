@@ -27,8 +27,8 @@ FLOAT, DOUBLE = 4, 8
 FITTED_BYTES = 10 * FLOAT
 # A second moment: a few times in float32, and, while it is factored, six times in float64.
 MOMENT_BYTES = 4 * FLOAT + 6 * DOUBLE
-# A weight while it learns: as a float, its place among the codes, its levels, the dense weight, its gradient, and what a
-# step makes of that.
+# A weight while it learns: as a float, its place among the codes, its levels, the dense weight, its gradient, and what
+# a step makes of that.
 LEARNT_BYTES = 7 * FLOAT
 # A quantized matrix that is turned into floats: codes less zero points, scales, and their product.
 DENSE_BYTES = 3 * FLOAT
