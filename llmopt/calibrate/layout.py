@@ -26,6 +26,8 @@ _WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", 
 _WORDS["test"] = ("test", "testing", "eval", "evaluation")
 _HEADER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.[\w.]+")
+_WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+_GLOB = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?[^\]/]+\]|\{[^{}]*\})")
 _CONVERTED = re.compile(r"([^/]+)/(?:partial-)?([^/]+)/\d{4}\.parquet")  # the branch refs/convert/parquet
 
 Splits = Mapping[str, tuple[str, ...]]
@@ -119,7 +121,7 @@ def _files_of(entry: Mapping[str, Any], data: Sequence[str], where: str) -> Spli
     splits: dict[str, list[str]] = {}
     for split, patterns in _patterns(entry["data_files"], where):
         for pattern in patterns:
-            wanted = _as_regex(inside + pattern.removeprefix("./"))
+            wanted = _as_regex(inside + pattern.removeprefix("./"), where)
             splits.setdefault(split, []).extend(file for file in data if wanted.fullmatch(file))
     return {split: tuple(dict.fromkeys(found)) for split, found in splits.items() if found}
 
@@ -143,13 +145,24 @@ def _meaningless(stated: object, where: str) -> DataError:
     return DataError(f"the configs in README.md name no files: {str(stated)[:200]}", where=where)
 
 
-def _as_regex(pattern: str) -> re.Pattern[str]:
-    """A pattern of files: `*` and `?` stay within a folder, `**` does not."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]/]+\])", pattern)
-    meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile(
-        "".join(meanings.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
-    )
+def _as_regex(pattern: str, where: str) -> re.Pattern[str]:
+    """A pattern of files: `*`, `?` and classes stay within a folder, `**` does not; `{a,b}` is one or the other."""
+    try:
+        return re.compile("".join(map(_meaning, _GLOB.split(pattern))))
+    except re.error as error:
+        raise _meaningless(pattern, where) from error
+
+
+def _meaning(part: str) -> str:
+    if part in _WILDCARDS:
+        return _WILDCARDS[part]
+    if not _GLOB.fullmatch(part):
+        return re.escape(part)
+    inside = part[1:-1]
+    if part[0] == "{":
+        return f"(?:{'|'.join(''.join(map(_meaning, _GLOB.split(option))) for option in inside.split(','))})"
+    letters = inside.removeprefix("!").replace("\\", "\\\\").replace("[", r"\[")
+    return f"(?!/)[{'^' if inside[0] == '!' else ''}{letters}]"
 
 
 def _converted(data: Sequence[str]) -> dict[str, Splits]:

@@ -53,6 +53,30 @@ def test_a_config_may_name_a_folder_or_splits_as_a_mapping() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("[xy].jsonl", ("x.jsonl", "y.jsonl")),
+        ("[!x].jsonl", ("y.jsonl", "z.jsonl")),
+        ("[x-y].jsonl", ("x.jsonl", "y.jsonl")),
+        ("a[!x]b.jsonl", ()),
+        ("{x,z}.jsonl", ("x.jsonl", "z.jsonl")),
+        ("{a/*,z}.jsonl", ("a/b.jsonl", "z.jsonl")),
+        ("**", ("a/b.jsonl", "x.jsonl", "y.jsonl", "z.jsonl")),
+        ("[x.jsonl", ("[x.jsonl",)),
+    ],
+)
+def test_patterns_mean_what_they_mean_to_a_shell(pattern: str, expected: tuple[str, ...]) -> None:
+    files = ["a/b.jsonl", "x.jsonl", "y.jsonl", "z.jsonl", *(["[x.jsonl"] if pattern == "[x.jsonl" else [])]
+    readme = header(f"- config_name: a\n  data_files: {{train: '{pattern}', test: z.jsonl}}")
+    assert sorted(splits(files, readme).get("train", ())) == sorted(expected)
+
+
+def test_a_pattern_that_is_none_is_named() -> None:
+    with pytest.raises(DataError, match=r"\[z-a\]"):
+        read_layout(["x.jsonl"], header("- config_name: a\n  data_files: '[z-a].jsonl'"), "owner/name")
+
+
+@pytest.mark.parametrize(
     ("files", "expected"),
     [
         (["b.jsonl", "a.jsonl"], {"train": ("a.jsonl", "b.jsonl")}),
