@@ -72,7 +72,9 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
         calibration = Calibration(job.spec, windows, job.ranks, partial(States, limit_bytes(), folder))
     layers = write_parts(job, folder, references, progress, calibration)
     del calibration  # verification needs the memory
-    return layers, job.format.verify(folder, references, job.threads, progress)
+    verification = job.format.verify(folder, references, job.threads, progress)
+    job.format.finish(job.spec, job.assignments, folder)
+    return layers, verification
 
 
 def assist(job: Export) -> None:

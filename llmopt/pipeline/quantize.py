@@ -24,7 +24,7 @@ from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.export import Export, assist, export
-from llmopt.pipeline.formats.onnx import ONNX
+from llmopt.pipeline.formats.onnx import ONNX, Onnx
 from llmopt.pipeline.heldout import HeldOutLoss
 from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.mixed import (
@@ -36,6 +36,7 @@ from llmopt.pipeline.mixed import (
 from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.request import QuantizeRequest
+from llmopt.pipeline.tuning import Tuning
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.plan import Plan, solve
 from llmopt.progress import Progress, Silent
@@ -129,13 +130,14 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     Raises:
         LlmoptError: see `quantize`.
     """
-    job = _export(prepared, kept, ranks)
+    tuning = prepared.tuning(kept, progress) if ranks.is_first else None
+    job = _export(prepared, kept, ranks, tuning)
     if not ranks.is_first:
         assist(job)
 
     def outcome() -> QuantizeResult | ExceededError:
         try:
-            return _written(prepared, job, progress)
+            return _written(prepared, job, tuning, progress)
         except ExceededError as exceeded:
             return exceeded
 
@@ -145,7 +147,7 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     return found
 
 
-def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks) -> Export:
+def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, tuning: Tuning | None) -> Export:
     request = prepared.request
     return Export(
         source=prepared.source,
@@ -155,13 +157,13 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks) -> Export:
         threads=request.threads,
         calibration=prepared.calibration if looks_at_inputs(request.method) else None,
         folds=prepared.folds,
-        format=prepared.format,
+        format=prepared.format if tuning is None else Onnx(tuning=tuning),
         journal=kept,
         ranks=ranks,
     )
 
 
-def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeResult:
+def _written(prepared: Prepared, job: Export, tuning: Tuning | None, progress: Progress) -> QuantizeResult:
     request = prepared.request
     needed = prepared.require_room()
     progress.say(f"{request.output.name} {needed}")
@@ -170,10 +172,11 @@ def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeRes
         loss = None
         if prepared.mix is not None and prepared.plan is not None:
             loss = prepared.mix.check(prepared.plan, folder, progress)
-        manifest = write_manifest(folder, prepared.manifest())
+        chosen = {} if tuning is None else tuning.chosen()
+        manifest = write_manifest(folder, dataclasses.replace(prepared.manifest(), tuning=chosen))
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
-        report = describe(prepared, size_bytes, layers, verification, loss)
+        report = describe(prepared, size_bytes, layers, verification, loss, tuning=tuning)
         write_json(folder / REPORT, report.to_json())
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")
@@ -193,6 +196,8 @@ def describe(
     layers: tuple[LayerResult, ...],
     verification: Verification,
     loss: HeldOutLoss | None = None,
+    *,
+    tuning: Tuning | None = None,
 ) -> Report:
     """The report of an artifact that was not benched yet: its size, its layers, and how well the export agrees."""
     request = prepared.request
@@ -210,6 +215,8 @@ def describe(
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:
             notes.append("calibrated on llmopt's own stories: --calib with text like what it will read is better")
+    if tuning is not None:
+        settings["kernels"] = tuning.to_json()
     if prepared.plan is not None and loss is not None:
         settings["budget"] = outcome_json(prepared.plan, loss)
         notes.append(outcome_note(prepared.plan, loss))

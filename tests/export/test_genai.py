@@ -9,8 +9,8 @@ import onnx
 import onnxruntime_genai
 import pytest
 
-from llmopt.engine.ort import OrtEngine
-from llmopt.export.genai import GENAI_CONFIG, genai_config
+from llmopt.engine.ort import GENAI_CONFIG, OrtEngine
+from llmopt.export.genai import genai_config
 from llmopt.model.spec import ModelSpec
 from tests.decoders import write_decoder
 from tests.families import CASES, random_weights, spec_of

@@ -106,3 +106,7 @@ class Format(Protocol):
             VerificationError: it computes something else.
         """
         ...
+
+    def finish(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> None:
+        """Decide what is decided by running what was written, once it is known to be right."""
+        ...

@@ -96,6 +96,9 @@ class GptqFormat:
             task.advance()
         return Verification(exact=agreement, shipped=None, rounded=None)
 
+    def finish(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> None:
+        """Nothing is left to decide: engines choose their kernels themselves."""
+
 
 def _schemes(spec: ModelSpec, assignments: Assignments) -> dict[str, Scheme | None]:
     return {linear.name: assignments[linear.name].scheme for linear in spec.linears()}

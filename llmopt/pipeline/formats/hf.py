@@ -125,6 +125,9 @@ class Hf:
             task.advance()
         return Verification(exact=agreement, shipped=shipped, rounded=in_torch)
 
+    def finish(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> None:
+        """Nothing is left to decide: engines choose their kernels themselves."""
+
 
 class HfWriter(RoundingWriter):
     """A checkpoint of compressed-tensors."""
