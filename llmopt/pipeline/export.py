@@ -17,6 +17,7 @@ from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.journal import PartJournal
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.repair import with_reasons
 from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.pipeline.spill import States, limit_bytes
 from llmopt.pipeline.verify import References, Verification
@@ -74,6 +75,8 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
     del calibration  # verification needs the memory
     verification = job.format.verify(folder, references, job.threads, progress)
     job.format.finish(job.spec, job.assignments, folder)
+    if verification.activations is not None:
+        layers = with_reasons(layers, job.spec, verification.activations.unrounded)
     return layers, verification
 
 

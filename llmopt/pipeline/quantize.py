@@ -35,6 +35,7 @@ from llmopt.pipeline.mixed import (
 )
 from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
 from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.repair import notes_on
 from llmopt.pipeline.request import QuantizeRequest
 from llmopt.pipeline.tuning import Tuning
 from llmopt.pipeline.verify import Verification
@@ -210,7 +211,7 @@ def describe(
         layers=layers,
     )
     settings: dict[str, Any] = {"verification": dataclasses.asdict(verification)}
-    notes = list(prepared.notes)
+    notes = [*prepared.notes, *notes_on(verification.activations)]
     if prepared.calibration is not None:
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:

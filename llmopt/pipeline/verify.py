@@ -6,6 +6,7 @@ falls either way, and all that follows moves with it. So with them the error may
 torch, but not larger. Last the graph runs as it ships, and how far it is from float32 activations is reported.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,19 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """What the kernels' int8 activations cost, where they flip more than a few tokens; see `llmopt.pipeline.repair`.
+
+    `flipped` is the share of tokens that had another most likely successor, `largest_error` that of the worst product,
+    and `unrounded` holds the products, and their errors, that were given another kernel for it.
+    """
+
+    flipped: float
+    largest_error: float
+    unrounded: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """Held against the quantized model in torch with float32 activations.
 
@@ -60,6 +74,7 @@ class Verification:
     exact: Agreement
     shipped: Agreement | None
     rounded: Agreement | None
+    activations: Activations | None = None
 
 
 class ComputesLogits(Protocol):

@@ -20,6 +20,7 @@ from llmopt.model.spec import Block, ModelSpec
 from llmopt.model.storage import quantized_bytes
 from llmopt.pipeline.calibration import Weights
 from llmopt.pipeline.formats.base import Assignments
+from llmopt.pipeline.repair import repaired
 from llmopt.pipeline.tuning import PROMPT, Tuning
 from llmopt.pipeline.verify import References, Verification, verify
 from llmopt.progress import Progress
@@ -76,8 +77,9 @@ class Onnx:
         return GraphWriter(DecoderGraph(folder, spec, choose))
 
     def verify(self, folder: Path, references: References, threads: int, progress: Progress) -> Verification:
-        """See `llmopt.pipeline.verify`."""
-        return verify(folder, references.exact, references.rounded, threads, progress)
+        """See `llmopt.pipeline.verify`, and `llmopt.pipeline.repair` for what is done about flipped tokens."""
+        found = verify(folder, references.exact, references.rounded, threads, progress)
+        return repaired(found, folder, references.exact, threads)
 
     def finish(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> None:
         """Tell onnxruntime-genai in what pieces to read a prompt, where that is faster."""
