@@ -25,7 +25,7 @@ def with_errors(model: ModelProto, names: Collection[str]) -> ModelProto:
     """Add an output to a graph in float32, in place: `ERRORS`, float32 [products, tokens - 1].
 
     Each is the norm of what rounding the activations changes in a token's result, over the norm of what differs in it
-    from the token before, divided by √2: what all tokens share, often most of a result by far, tells none of them apart.
+    from the token before, divided by √2: what all tokens share, often by far the most, tells none of them apart.
     """
     ratios = []
     nodes = []
