@@ -234,7 +234,7 @@ class PartReader:
             plain = self._read_linear(tensor, transposed=transposed)
             return plain, self._result(name, plain, None, None)
         if method.needs_inputs and inputs is None:
-            method = Rtn()
+            method = Rtn(scales=method.scales)
         if transposed or not method.rows_are_independent:
             weight = self._read_linear(tensor, transposed=transposed)
             quantized = method.quantize(weight, scheme, inputs)
