@@ -102,7 +102,10 @@ class QuantizeStep(_Section):
     budget: Annotated[str, AfterValidator(_known_budget)] | None = None
     """Choose each layer's scheme within 92MB, 4.5bits or '+2% perplexity'. null: every layer gets `scheme`."""
     method: Annotated[str, AfterValidator(_known_method)] = "rtn"
-    """How the numbers are found: rtn, search, gptq; awq or smoothquant may stand before, as in smoothquant+gptq."""
+    """How the numbers are found: rtn, search, gptq, reconstruct or auto; awq, smoothquant or rotate may stand before,
+    as in smoothquant+gptq."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """How long quantizing by auto may take, which decides what layers get. null: all that it needs."""
     calib: str | None = None
     """Text for a budget and methods that look at inputs: a file, relative to the recipe, or a Hugging Face dataset such
     as Salesforce/wikitext:wikitext-2-raw-v1:train. null: llmopt's own stories."""
