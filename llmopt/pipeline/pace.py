@@ -46,20 +46,20 @@ class Pace:
         if self._begun and step in self._seconds:
             self._seconds[step][-1] += self.clock() - before
 
-    def begin(self, blocks: float) -> bool:
-        """Begin a block or the head: whether it gets GPTQ. So many blocks are left with it; a head is part of one."""
+    def begin(self, left: float, size: float = 1.0) -> bool:
+        """Begin a block, or the head: whether it gets GPTQ. Its size and what is left with it are in blocks."""
         base = self._base()
         if not self._begun:
             self._first = self.clock()
         self._begun += 1
-        spare = self.ends - self.clock() - blocks * base
-        return self._has_turn(Gptq.name, spare, blocks, self._mean(Gptq.name))
+        spare = self.ends - self.clock() - left * base
+        return self._has_turn(Gptq.name, spare, left / size, size * self._mean(Gptq.name))
 
-    def learns(self, blocks: float, head: float) -> bool:
-        """Whether the block at hand learns as a whole; so many are left with it, and what the head is counted as."""
-        other = self._base() + self._mean(Gptq.name)
-        spare = self.ends - self.clock() - (blocks - 1 + head) * other
-        return self._has_turn(RECONSTRUCT, spare, blocks, self._mean(RECONSTRUCT) or LEARNING * other)
+    def learns(self, blocks: int, head: float) -> bool:
+        """Whether the block at hand learns as a whole; so many are left with it, and the head is as much as so many."""
+        base, fitting = self._base(), self._mean(Gptq.name)
+        spare = self.ends - self.clock() - (blocks - 1 + head) * (base + MARGIN * fitting)
+        return self._has_turn(RECONSTRUCT, spare, blocks, self._mean(RECONSTRUCT) or LEARNING * (base + fitting))
 
     def finish(self) -> None:
         """Everything is quantized."""
@@ -75,10 +75,12 @@ class Pace:
         found = self._seconds[step]
         return sum(found) / len(found) if found else 0.0
 
-    def _has_turn(self, step: str, spare: float, blocks: float, seconds: float) -> bool:
-        """Give a block its share of the turns that there is time for, and see whether it has a whole one by now."""
+    def _has_turn(self, step: str, spare: float, candidates: float, seconds: float) -> bool:
+        """Give one of so many candidates its share of the turns that fit into the spare time, and see whether it has a
+        whole one by now.
+        """
         cost = MARGIN * seconds
-        self._turns[step] += min(1.0, max(0.0, spare / (blocks * cost))) if cost else 1.0
+        self._turns[step] += min(1.0, max(0.0, spare / (candidates * cost))) if cost else 1.0
         if self._turns[step] < ALMOST_ONE or spare < cost or spare <= 0:
             return False
         self._turns[step] -= 1
@@ -92,13 +94,14 @@ def time_notes(pace: Pace, blocks: Sequence[Block], layers: Iterable[LayerResult
         return []
     reasons = {layer.name: layer.reason or "" for layer in layers}
 
-    def had_time(lacking: str) -> int:
-        return sum(all(lacking not in reasons[linear.name] for linear in block.linears()) for block in blocks)
+    def lacking(reason: str) -> int:
+        return sum(any(reason in reasons[linear.name] for linear in block.linears()) for block in blocks)
 
-    given, took = f"{pace.minutes:g} minutes", f"{pace.took_s / 60:.2g}"
-    found = (
-        f"in {given} there was time for {had_time(NO_TIME_TO_LEARN)} of {len(blocks)} blocks to learn, and for "
-        f"{Gptq.name} in {had_time(NO_TIME_TO_FIT)}: it is time that decided, so another run may differ"
-    )
-    over = [f"quantizing took {took} minutes, more than the {given} that it was given"]
-    return [found, *over * (pace.took_s > 60 * pace.minutes)]
+    fitted = len(blocks) - lacking(NO_TIME_TO_FIT)
+    notes = [
+        f"in {pace.minutes:g} minutes there was time for {Gptq.name} in {fitted} of {len(blocks)} blocks, and for "
+        f"{fitted - lacking(NO_TIME_TO_LEARN)} to learn as a whole: another run, in which time decides anew, may differ"
+    ]
+    if pace.took_s > 60 * pace.minutes:
+        notes.append(f"quantizing took {pace.took_s / 60:.2f} minutes, more than the {pace.minutes:g} that were given")
+    return notes

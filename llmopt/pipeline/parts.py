@@ -154,10 +154,10 @@ class PartReader:
                 self._refit(self.reconstruction, block, part, entering)
         return part
 
-    def _begin(self, blocks: float) -> None:
-        """See what there is time for in the next part; so many blocks are left with it."""
+    def _begin(self, left: float, size: float = 1.0) -> None:
+        """See what there is time for in the next part; its size and what is left with it are in blocks."""
         if self.method is not None and self.method.candidates:
-            self.has_time = self.ranks.of_first(partial(self.pace.begin, blocks))
+            self.has_time = self.ranks.of_first(partial(self.pace.begin, left, size))
 
     def _head_in_blocks(self) -> float:
         """How much work a head of its own is, in blocks."""
@@ -169,6 +169,8 @@ class PartReader:
         """Have a block learn from the float one; its layers say so, if that made it better."""
         floats = self.folded or self._floats(block)
         reconstruction.follow(block, floats)
+        if not self.has_time:
+            return
         blocks = len(self.spec.blocks) - block.index
         if not self.ranks.of_first(partial(self.pace.learns, blocks, self._head_in_blocks())):
             part.layers[:] = [
@@ -189,8 +191,8 @@ class PartReader:
     def _made_head(self) -> Part:
         part = Part(self._read(list(self.spec.final_norm.tensors())), [])
         inputs = None if self.calibration is None else self.calibration.head(part.weights)
-        if self._head_in_blocks():
-            self._begin(self._head_in_blocks())
+        if size := self._head_in_blocks():
+            self._begin(size, size)
         self._add(part, [self.spec.head], inputs)
         return part
 
