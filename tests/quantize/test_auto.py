@@ -21,9 +21,7 @@ def moment(inputs_TI: Tensor) -> Tensor:
 def chosen(fitted_TI: Tensor, held_out_TI: Tensor, scheme: str = "w4a16") -> tuple[QuantizedWeight, dict[str, float]]:
     """What auto makes of a weight; and what each candidate errs in the outputs of held-out tokens, the long way."""
     weight_OI, parsed = random(ROWS, COLUMNS, seed=7), parse_scheme(scheme)
-    inputs = InputStatistics(
-        tokens=len(fitted_TI), second_moment_II=moment(fitted_TI), held_out_II=moment(held_out_TI)
-    )
+    inputs = InputStatistics(tokens=len(fitted_TI), second_moment_II=moment(fitted_TI), held_out_II=moment(held_out_TI))
     found = {method.name: method.quantize(weight_OI, parsed, inputs) for method in (Rtn(), Search(), Gptq())}
     errors = {}
     for name, quantized in found.items():
