@@ -98,10 +98,9 @@ def time_notes(pace: Pace, blocks: Sequence[Block], layers: Iterable[LayerResult
         return sum(any(reason in reasons[linear.name] for linear in block.linears()) for block in blocks)
 
     fitted = len(blocks) - lacking(NO_TIME_TO_FIT)
-    notes = [
+    done = (
         f"in {pace.minutes:g} minutes there was time for {Gptq.name} in {fitted} of {len(blocks)} blocks, and for "
         f"{fitted - lacking(NO_TIME_TO_LEARN)} to learn as a whole: another run, in which time decides anew, may differ"
-    ]
-    if pace.took_s > 60 * pace.minutes:
-        notes.append(f"quantizing took {pace.took_s / 60:.2f} minutes, more than the {pace.minutes:g} that were given")
-    return notes
+    )
+    over = f"quantizing took {pace.took_s / 60:.2f} minutes, more than the {pace.minutes:g} that were given"
+    return [done, over] if pace.took_s > 60 * pace.minutes else [done]

@@ -51,11 +51,11 @@ def check_minutes(minutes: float | None, name: str) -> None:
     if minutes is None:
         return
     if not 0 < minutes < math.inf:
-        raise UsageError(f"{minutes:g} minutes are no time to work in", hint="--minutes 10")
+        raise UsageError(f"{minutes:g} minutes are no time to quantize in", hint="give more than 0, such as 10")
     if split(name)[1] != TIMED:
         raise UsageError(
             f"method {name} does the same in whatever time: only {TIMED} makes do with some minutes",
-            hint=f"--method {TIMED}, or leave --minutes out",
+            hint=f"method {TIMED}, or leave minutes out",
         )
 
 
