@@ -206,9 +206,9 @@ def replaced(old, new):
         (
             replaced("method: rtn", "method: rtn, minutes: ▸5"),
             "only auto makes do",
-            "method auto, or leave minutes out",
+            "method auto, or",
         ),
-        (replaced("method: rtn", "method: auto, minutes: ▸0"), "0 minutes are no time", "more than 0"),
+        (replaced("method: rtn", "method: auto, minutes: ▸0"), "0 minutes are no time", "give more than 0"),
         (replaced("method: rtn", "method: ▸gtpq"), "there is no method 'gtpq'", "did you mean 'gptq'?"),
         (replaced("- perplexity <= +1%", "- ▸perplexity"), "'perplexity' is not a gate", "METRIC <= BOUND"),
         (replaced('"perplexity <= +20%"', "▸fast"), "'fast' is not a gate", "METRIC <= BOUND"),
