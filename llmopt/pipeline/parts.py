@@ -279,7 +279,8 @@ class PartReader:
         if method is None or scheme is None:
             plain = self._read_linear(tensor, transposed=transposed)
             return plain, self._result(name, plain, None, None)
-        candidates = (Rtn(),) if method.needs_inputs and inputs is None else self._candidates(method)
+        unseen = method.needs_inputs and inputs is None
+        candidates = (Rtn(scales=method.scales),) if unseen else self._candidates(method)
         rows, columns = tensor.shape
         whole = transposed or not all(candidate.rows_are_independent for candidate in candidates)
         step = rows if whole else max(1, CHUNK_WEIGHTS // columns)
