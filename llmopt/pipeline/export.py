@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from llmopt.artifact import Journal, write_json
-from llmopt.model.checkpoint import open_checkpoint
+from llmopt.model.checkpoint import Checkpoint, open_checkpoint
 from llmopt.model.source import GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.model.tokenizer import Tokenizer
@@ -15,6 +15,7 @@ from llmopt.pipeline.calibration import Calibration, CalibrationText
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.journal import PartJournal
+from llmopt.pipeline.pace import Pace
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.soundness import open_tokenizer
@@ -42,11 +43,17 @@ class Export:
     format: Format = ONNX
     journal: Journal | None = None  # of a calibrated method: where finished parts are kept
     ranks: Ranks = ALONE
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def spec(self) -> ModelSpec:
         """The model's."""
         return self.source.spec
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the method is to be judged on text that it was not fitted to."""
+        return self.method is not None and bool(self.method.candidates)
 
 
 def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerResult, ...], Verification]:
@@ -69,7 +76,8 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
     calibration = None
     if job.calibration is not None:
         windows = job.calibration.windows(job.spec, Tokenizer.from_folder(folder))
-        calibration = Calibration(job.spec, windows, job.ranks, partial(States, limit_bytes(), folder))
+        states = partial(States, limit_bytes(), folder)
+        calibration = Calibration(job.spec, windows, job.ranks, states, holds_out=job.holds_out)
     layers = write_parts(job, folder, references, progress, calibration)
     del calibration  # verification needs the memory
     return layers, job.format.verify(folder, references, job.threads, progress)
@@ -86,13 +94,29 @@ def assist(job: Export) -> None:
     torch.set_num_threads(job.threads)
     assert job.calibration is not None
     windows = job.calibration.windows(job.spec, open_tokenizer(job.source))
-    calibration = Calibration(job.spec, windows, job.ranks)
+    calibration = Calibration(job.spec, windows, job.ranks, holds_out=job.holds_out)
     with open_checkpoint(job.source) as checkpoint:
-        parts = PartReader(job.spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds)
+        parts = part_reader(job, checkpoint, calibration)
         embedding = parts.embedding()
         for _ in parts.blocks():
             pass
         parts.head(embedding)
+
+
+def part_reader(
+    job: Export, checkpoint: Checkpoint, calibration: Calibration | None, journal: PartJournal | None = None
+) -> PartReader:
+    """What quantizes the model, part by part."""
+    return PartReader(
+        job.spec,
+        checkpoint,
+        job.assignments,
+        job.method,
+        calibration,
+        folds=job.folds,
+        journal=journal,
+        pace=job.pace,
+    )
 
 
 def write_parts(
@@ -110,7 +134,7 @@ def write_parts(
         open_checkpoint(job.source) as checkpoint,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds, journal=journal)
+        parts = part_reader(job, checkpoint, calibration, journal)
         embedding = parts.embedding()
         references.embedding(writer.embedding(embedding.weights))
         layers += embedding.layers
