@@ -22,6 +22,7 @@ from llmopt.errors import UsageError
 from llmopt.export.card import Card, card_text
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
+from llmopt.pipeline.basis import Basis
 from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.export import Export, assist, export
 from llmopt.pipeline.formats.onnx import ONNX
@@ -36,6 +37,7 @@ from llmopt.pipeline.mixed import (
 from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.request import QuantizeRequest
+from llmopt.pipeline.trial import chosen_basis
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.plan import Plan, solve
 from llmopt.progress import Progress, Silent
@@ -129,13 +131,16 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     Raises:
         LlmoptError: see `quantize`.
     """
-    job = _export(prepared, kept, ranks)
+    needed = prepared.require_room() if ranks.is_first else None
+    basis = ranks.of_first(partial(chosen_basis, prepared, kept, progress))
+    job = _export(prepared, kept, ranks, basis)
     if not ranks.is_first:
         assist(job)
 
     def outcome() -> QuantizeResult | ExceededError:
+        assert needed is not None
         try:
-            return _written(prepared, job, progress)
+            return _written(prepared, job, needed, basis, progress)
         except ExceededError as exceeded:
             return exceeded
 
@@ -145,7 +150,7 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     return found
 
 
-def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks) -> Export:
+def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, basis: Basis | None) -> Export:
     request = prepared.request
     return Export(
         source=prepared.source,
@@ -158,12 +163,14 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks) -> Export:
         format=prepared.format,
         journal=kept,
         ranks=ranks,
+        turn=None if basis is None else basis.seed,
     )
 
 
-def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeResult:
+def _written(
+    prepared: Prepared, job: Export, needed: Estimate, basis: Basis | None, progress: Progress
+) -> QuantizeResult:
     request = prepared.request
-    needed = prepared.require_room()
     progress.say(f"{request.output.name} {needed}")
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
@@ -173,7 +180,7 @@ def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeRes
         manifest = write_manifest(folder, prepared.manifest())
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
-        report = describe(prepared, size_bytes, layers, verification, loss)
+        report = describe(prepared, size_bytes, layers, verification, loss=loss, basis=basis)
         write_json(folder / REPORT, report.to_json())
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")
@@ -192,7 +199,9 @@ def describe(
     size_bytes: int,
     layers: tuple[LayerResult, ...],
     verification: Verification,
+    *,
     loss: HeldOutLoss | None = None,
+    basis: Basis | None = None,
 ) -> Report:
     """The report of an artifact that was not benched yet: its size, its layers, and how well the export agrees."""
     request = prepared.request
@@ -210,6 +219,9 @@ def describe(
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:
             notes.append("calibrated on llmopt's own stories: --calib with text like what it will read is better")
+    if basis is not None:
+        settings["basis"] = basis.to_json()
+        notes.append(basis.note)
     if prepared.plan is not None and loss is not None:
         settings["budget"] = outcome_json(prepared.plan, loss)
         notes.append(outcome_note(prepared.plan, loss))
