@@ -72,7 +72,7 @@ def quantize(
             help="How the numbers are found: rtn, rounding to nearest; search, with ranges that suit the inputs; gptq, "
             "with later columns making up for the errors of earlier ones; reconstruct, the same and then whole blocks "
             "learn from the float ones. Before it may stand awq or smoothquant, which scale inputs against weights, "
-            "or rotate, which mixes the values of heads: awq+gptq.",
+            "or rotate, which mixes channels of the residual stream and of heads: awq+gptq.",
         ),
     ] = "rtn",
     calib: Annotated[

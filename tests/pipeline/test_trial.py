@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,12 @@ from llmopt.pipeline.calibration import Bounded
 from llmopt.pipeline.export import Export, export
 from llmopt.pipeline.formats.registry import FORMATS
 from llmopt.pipeline.parts import PartReader
+from llmopt.pipeline.prepare import prepare
 from llmopt.pipeline.quantize import QuantizeResult, quantize
-from llmopt.pipeline.ranks import ALONE
+from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.request import QuantizeRequest
 from llmopt.pipeline.trial import best_basis
+from llmopt.precision.budget import parse_budget
 from llmopt.progress import Silent
 from llmopt.quantize.assign import assign
 from llmopt.quantize.execute import round_rows
@@ -37,6 +40,7 @@ from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from tests.decoders import assignments
 from tests.families import CASES, Saved, random_weights, spec_of
+from tests.ranks import together
 from tests.whole_way import bytes_of
 
 WINDOWS = [np.random.default_rng(seed).integers(0, 97, 32) for seed in range(4)]
@@ -81,9 +85,17 @@ def loud_tied(tiny_qwen2: Path, tmp_path: Path) -> Path:
     return model_with(loud_channel, tiny_qwen2, tmp_path / "loud_tied")
 
 
-def written(model: Path, output: Path, scheme: str = "w8a8", method: str = "rotate", **more: object) -> QuantizeResult:
+def request_for(
+    model: Path, output: Path, scheme: str = "w8a8", method: str = "rotate", **more: object
+) -> QuantizeRequest:
     asked = {"model": str(model), "output": output, "scheme": parse_scheme(scheme), "method": method}
-    return quantize(QuantizeRequest(**asked, calib_tokens=1024, **more))  # type: ignore[arg-type]
+    return QuantizeRequest(**asked, calib_tokens=1024, **more)  # type: ignore[arg-type]
+
+
+def written(
+    model: Path, output: Path, scheme: str = "w8a8", method: str = "rotate", *, ranks: Ranks = ALONE, **more: object
+) -> QuantizeResult:
+    return quantize(request_for(model, output, scheme, method, **more), ranks=ranks)
 
 
 def float_logits(model: Path) -> np.ndarray:
@@ -180,7 +192,18 @@ def test_every_layer_of_a_turned_model_says_so(loud_tied: Path, tmp_path: Path) 
     assert "tied" in (before_head.reason or "")
     assert {layer.method for layer in layers.values()} == {"rotate+gptq", "rotate+rtn"}
     assert layers["lm_head"].method == layers["model.embed_tokens"].method == "rotate+rtn"
-    assert "lm_head.turn" in (result.path / "README.md").read_text()
+    card = (result.path / "README.md").read_text()
+    assert "lm_head.turn" in card
+    assert "Its residual stream is in a rotated basis." in card
+
+
+def test_all_of_several_processes_turn_alike(loud: Path, tmp_path: Path) -> None:
+    alone = written(loud, tmp_path / "alone", "w8a8", "rotate+gptq")
+    first, second = together(2, lambda ranks: written(loud, tmp_path / "out", "w8a8", "rotate+gptq", ranks=ranks))
+    assert first.report.settings["basis"] == second.report.settings["basis"] == alone.report.settings["basis"]
+    assert first.verification.exact.relative_error < 2e-5
+    expected = float_logits(loud)
+    assert error_of(first.path, expected) == pytest.approx(error_of(alone.path, expected), rel=0.2)
 
 
 def test_nothing_but_the_weights_is_other_than_without(loud_tied: Path, tmp_path: Path) -> None:
@@ -294,11 +317,12 @@ def test_a_run_that_goes_on_does_so_in_the_basis_that_was_chosen(
     assert reports[0]["settings"] == reports[1]["settings"]
 
 
-def test_a_budget_counts_the_product_before_a_tied_head(loud_tied: Path, tmp_path: Path) -> None:
-    source = open_source(str(loud_tied))
-    given = assign(source.spec, parse_scheme("w8a8"))
-    result = written(loud_tied, tmp_path / "out")
-    assert result.report.settings["basis"]["seed"] is not None
-    size = (tmp_path / "out" / "model.onnx.data").stat().st_size
-    stored = FORMATS["onnx"].estimated_bytes(source.spec, given)
-    assert size - stored == pytest.approx(4 * source.spec.hidden_size**2, rel=0.1)
+def test_what_it_takes_is_known_with_the_product_before_a_tied_head(loud_tied: Path, tmp_path: Path) -> None:
+    asked = request_for(loud_tied, tmp_path / "out")
+    estimate = prepare(asked, Silent()).estimated_bytes
+    assert quantize(asked).report.settings["basis"]["seed"] is not None
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size == pytest.approx(estimate, rel=0.01)
+    budgeted = request_for(loud_tied, tmp_path / "out", "w4a16", budget=parse_budget("5bits"))
+    mixes = [prepare(request, Silent()).mix for request in (budgeted, replace(budgeted, method="search"))]
+    turned, stored = (0 if mix is None else mix.overhead_bytes for mix in mixes)
+    assert turned - stored == 4 * 64**2
