@@ -15,13 +15,13 @@ from torch import Tensor
 from llmopt.engine.blocks import plain
 from llmopt.engine.ort import OrtEngine
 from llmopt.engine.torch import TorchEngine
-from llmopt.model.checkpoint import open_checkpoint
+from llmopt.model.checkpoint import Tensors, open_checkpoint
 from llmopt.model.source import open_source
 from llmopt.model.spec import ModelSpec
 from llmopt.model.turned import TurnedTensors
 from llmopt.pipeline import trial
 from llmopt.pipeline.basis import why_not
-from llmopt.pipeline.calibration import Bounded
+from llmopt.pipeline.calibration import Bounded, Calibration
 from llmopt.pipeline.export import Export, export
 from llmopt.pipeline.formats.registry import FORMATS
 from llmopt.pipeline.parts import PartReader
@@ -165,6 +165,25 @@ def test_errors_are_those_of_the_model_as_it_runs_in_each_basis(case, scheme, ta
     assert basis.error_as_stored == pytest.approx(as_stored, rel=1e-2)
     assert basis.error_turned == pytest.approx(min(others), rel=1e-2)
     assert basis.seed == (None if as_stored <= min(others) else others.index(min(others)))
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_what_enters_the_head_is_what_did_turned(case):
+    """Of a tied one; another, whose gain it has taken, sees it before the gain."""
+    spec = spec_of(CASES[case])
+    saved, turn_HH = random_weights(spec), Rotate().of_stream(spec.hidden_size, 1)
+    turned = TurnedTensors(saved, spec, turn_HH)
+    before = saved if spec.tied else TurnedTensors(saved, spec, None)
+    expected_HH = turn_HH.T @ moment_before_head(spec, before) @ turn_HH
+    found_HH = moment_before_head(turned.spec, turned)
+    torch.testing.assert_close(found_HH, expected_HH, rtol=1e-4, atol=1e-4)
+
+
+def moment_before_head(spec: ModelSpec, tensors: Tensors) -> Tensor:
+    calibration = Calibration(spec, WINDOWS)
+    return calibration.head_in_float(
+        lambda wanted: {tensor.name: tensors.read(tensor) for tensor in wanted}
+    ).second_moment_II
 
 
 @pytest.mark.parametrize("model", ["loud", "loud_tied"])
