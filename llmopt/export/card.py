@@ -159,6 +159,8 @@ def _command(manifest: Manifest) -> str:
     if manifest.scheme:
         how = ["--scheme", manifest.scheme] if manifest.budget is None else ["--budget", manifest.budget]
         words += [*how, "--method", manifest.method or "rtn"]
+    if manifest.minutes is not None:
+        words += ["--minutes", f"{manifest.minutes:g}"]
     if manifest.calibration is not None:
         if manifest.calibration["text"] != BUILT_IN_CALIBRATION:
             words += ["--calib", str(manifest.calibration["text"])]

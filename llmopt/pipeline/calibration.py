@@ -9,7 +9,7 @@ Of several processes each has some of the windows, and they add up what they fin
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 SAMPLED_TOKENS = 512
 HEAD_TOKENS = 8192
 TINY = torch.finfo(torch.float32).tiny
+HELD_OUT = 8  # of so many windows the first is not fitted to, where something is to be judged
 CONTEXT = 8  # tokens by which a token and those before it are told from others
 
 
@@ -98,11 +99,11 @@ class Moment:
     It is symmetric, and products of panels that lie above the diagonal are not computed: 5/8 of the work with 4 panels.
     """
 
-    def __init__(self, width: int, ranks: Ranks = ALONE) -> None:
+    def __init__(self, width: int, ranks: Ranks = ALONE, bounded: Bounded | None = None) -> None:
         self.ranks = ranks
         self.sum_II = torch.zeros((width, width))  # below the diagonal, and a little above it
         self.tokens = 0
-        self.bounded = Bounded(ranks)
+        self.bounded = bounded or Bounded(ranks)
         self.panel = max(MIN_PANEL, -(-width // PANELS))
 
     def add(self, x_BTI: Tensor) -> None:
@@ -179,11 +180,18 @@ class BlockSampler:
         return {name: sampler.sample() for name, sampler in self.samplers.items()}
 
 
-def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE) -> int:
+def is_held_out(place: int) -> bool:
+    """Whether the window at some place among all is one that nothing is fitted to, where something is to be judged."""
+    return place % HELD_OUT == 0
+
+
+def require_tokens(
+    spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE, *, holds_out: bool = False
+) -> int:
     """See that there are as many tokens that are not just repeated as the widest linear has inputs, and a window for
     each process.
 
-    Gives how many tokens there are.
+    Gives how many tokens there are, with those that are held out, which do not count for this.
 
     Raises:
         UsageError: there are fewer, which would leave its second moment singular, or a process without work.
@@ -193,21 +201,23 @@ def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = 
             f"{len(windows)} windows to calibrate on, and {ranks.size} processes to divide them among",
             hint="start fewer processes, or give more text with --calib-tokens or --calib",
         )
-    tokens = sum(map(len, windows))
+    fitted = [ids for index, ids in enumerate(windows) if not (holds_out and is_held_out(index))]
+    tokens = sum(map(len, fitted))
     widest = max(spec.linears(), key=lambda linear: linear.in_features)
-    different = different_tokens(windows)
-    if different < widest.in_features <= tokens:
+    if tokens < widest.in_features:
+        raise UsageError(
+            f"{tokens} tokens to calibrate on{', beside those held out' * holds_out}, and {widest.name} has "
+            f"{widest.in_features} inputs",
+            hint="give more text with --calib, or more of it with --calib-tokens",
+        )
+    different = different_tokens(fitted)
+    if different < widest.in_features:
         raise UsageError(
             f"the text to calibrate on repeats itself: of its {tokens} tokens {different} differ, in themselves or in "
             f"the {CONTEXT - 1} before them, and {widest.name} has {widest.in_features} inputs",
             hint="give text like what the model will read with --calib",
         )
-    if tokens < widest.in_features:
-        raise UsageError(
-            f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
-            hint="give more text with --calib, or more of it with --calib-tokens",
-        )
-    return tokens
+    return sum(map(len, windows))
 
 
 def different_tokens(windows: Sequence[TokenIds]) -> int:
@@ -220,7 +230,8 @@ def different_tokens(windows: Sequence[TokenIds]) -> int:
 class Calibration:
     """Windows of text on their way through the model: `embedding`, then `block` for each block, then `head`.
 
-    `windows` are those of all processes, `hidden` the states of those that this one has.
+    `windows` are those of all processes, `hidden` the states of those that this one has. With `holds_out`, statistics
+    are of seven windows of eight, and those of the others stand beside them.
 
     Raises:
         UsageError: see `require_tokens`.
@@ -230,11 +241,12 @@ class Calibration:
     windows: Sequence[TokenIds]
     ranks: Ranks = ALONE
     states: Callable[[], States] = States  # where activations of all windows are kept
+    holds_out: bool = False
     hidden: States = field(default_factory=States, init=False)
 
     def __post_init__(self) -> None:
         """Fail before anything is read."""
-        require_tokens(self.spec, self.windows, self.ranks)
+        require_tokens(self.spec, self.windows, self.ranks, holds_out=self.holds_out)
         self.own = range(len(self.windows))[self.ranks.shares(len(self.windows))[self.ranks.rank]]
         self.tables = RotaryTables(self.spec, max(map(len, self.windows)))
 
@@ -253,7 +265,8 @@ class Calibration:
         """
         stride = max(1, sum(map(len, self.windows)) // HEAD_TOKENS)
         table = read(self.spec.embedding.tensors())
-        hidden = [self._embedded(index, table) for index in self.own if index % stride == 0]
+        looked_at = [index for index in self.own if index % stride == 0]
+        hidden = [self._embedded(index, table) for index in looked_at]
         del table
         for block in self.spec.blocks:
             floats = read(block.tensors())
@@ -261,7 +274,7 @@ class Calibration:
                 hidden[index] = block_forward(block, floats, state, self.tables.turn(block, 0, state.shape[1]))
         weights = read(self.spec.tensors_before_head())
         inputs = (head_inputs(self.spec, weights, state) for state in hidden)
-        return self._statistics(self.spec.head, inputs)
+        return self._statistics(self.spec.head, inputs, [index // stride for index in looked_at])
 
     @torch.inference_mode()
     def look(self, block: Block, floats: Mapping[str, Tensor]) -> dict[str, InputSample]:
@@ -300,7 +313,7 @@ class Calibration:
 
         def fit(linears: Sequence[Linear], inputs: Iterable[Tensor]) -> None:
             if quantize is not None:
-                quantize(linears, self._statistics(linears[0], inputs))
+                quantize(linears, self._statistics(linears[0], inputs, self.own))
 
         fit(attention.inputs, (enter(block.attention_norm, hidden) for hidden in self.hidden))
         heads = self.states()
@@ -327,16 +340,22 @@ class Calibration:
         """What enters the head."""
         plain = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
         inputs = (head_inputs(self.spec, plain, hidden) for hidden in self.hidden)
-        return self._statistics(self.spec.head, inputs)
+        return self._statistics(self.spec.head, inputs, self.own)
 
     def _embedded(self, index: int, table: Mapping[str, Tensor]) -> Tensor:
         return embed(self.spec.embedding, table, torch.from_numpy(self.windows[index])[None])
 
-    def _statistics(self, linear: Linear, inputs: Iterable[Tensor]) -> InputStatistics:
-        moment = Moment(linear.in_features, self.ranks)
-        for x in inputs:
-            moment.add(x)
-        return moment.statistics(linear.name)
+    def _statistics(self, linear: Linear, inputs: Iterable[Tensor], windows: Sequence[int]) -> InputStatistics:
+        """Of inputs window by window; `windows` are the places of these among all that are looked at."""
+        fitted = Moment(linear.in_features, self.ranks)
+        # One bound for both: processes agree on it when each has seen a window, of whichever kind that is.
+        judged = Moment(linear.in_features, self.ranks, fitted.bounded) if self.holds_out else fitted
+        for place, x in zip(windows, inputs, strict=True):
+            (judged if is_held_out(place) else fitted).add(x)
+        found = fitted.statistics(linear.name)
+        if not self.holds_out:
+            return found
+        return replace(found, held_out_II=judged.statistics(linear.name).second_moment_II)
 
 
 class _BlockRun:

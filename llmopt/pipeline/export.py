@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llmopt.pipeline.calibration import Calibration, CalibrationText
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.journal import PartJournal
+from llmopt.pipeline.pace import Pace
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.soundness import open_tokenizer
@@ -45,6 +46,7 @@ class Export:
     journal: Journal | None = None  # of a calibrated method: where finished parts are kept
     ranks: Ranks = ALONE
     turn: int | None = None  # the seed of the rotation of the residual stream; None: it is as stored
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def spec(self) -> ModelSpec:
@@ -61,20 +63,10 @@ class Export:
                 turn_HH = Rotate().of_stream(self.source.spec.hidden_size, self.turn)
                 yield TurnedTensors(checkpoint, self.source.spec, turn_HH)
 
-    def parts(
-        self, tensors: Tensors, calibration: Calibration | None, journal: PartJournal | None = None
-    ) -> PartReader:
-        """The model in parts."""
-        return PartReader(
-            self.spec,
-            tensors,
-            self.assignments,
-            self.method,
-            calibration,
-            folds=self.folds,
-            journal=journal,
-            turned=self.turn is not None,
-        )
+    @property
+    def holds_out(self) -> bool:
+        """Whether the method is to be judged on text that it was not fitted to."""
+        return self.method is not None and bool(self.method.candidates)
 
 
 def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerResult, ...], Verification]:
@@ -97,7 +89,8 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
     calibration = None
     if job.calibration is not None:
         windows = job.calibration.windows(job.spec, Tokenizer.from_folder(folder))
-        calibration = Calibration(job.spec, windows, job.ranks, partial(States, limit_bytes(), folder))
+        states = partial(States, limit_bytes(), folder)
+        calibration = Calibration(job.spec, windows, job.ranks, states, holds_out=job.holds_out)
     layers = write_parts(job, folder, references, progress, calibration)
     del calibration  # verification needs the memory
     return layers, job.format.verify(folder, references, job.threads, progress)
@@ -114,13 +107,30 @@ def assist(job: Export) -> None:
     torch.set_num_threads(job.threads)
     assert job.calibration is not None
     windows = job.calibration.windows(job.spec, open_tokenizer(job.source))
-    calibration = Calibration(job.spec, windows, job.ranks)
+    calibration = Calibration(job.spec, windows, job.ranks, holds_out=job.holds_out)
     with job.tensors() as tensors:
-        parts = job.parts(tensors, calibration)
+        parts = part_reader(job, tensors, calibration)
         embedding = parts.embedding()
         for _ in parts.blocks():
             pass
         parts.head(embedding)
+
+
+def part_reader(
+    job: Export, tensors: Tensors, calibration: Calibration | None, journal: PartJournal | None = None
+) -> PartReader:
+    """What quantizes the model, part by part."""
+    return PartReader(
+        job.spec,
+        tensors,
+        job.assignments,
+        job.method,
+        calibration,
+        folds=job.folds,
+        journal=journal,
+        turned=job.turn is not None,
+        pace=job.pace,
+    )
 
 
 def write_parts(
@@ -138,7 +148,7 @@ def write_parts(
         job.tensors() as tensors,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = job.parts(tensors, calibration, journal)
+        parts = part_reader(job, tensors, calibration, journal)
         embedding = parts.embedding()
         references.embedding(writer.embedding(embedding.weights))
         layers += embedding.layers

@@ -35,6 +35,7 @@ from llmopt.pipeline.request import (
     require_journal,
     require_measurable,
     require_spreadable,
+    require_timely,
 )
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
 from llmopt.pipeline.spill import limit_bytes
@@ -103,6 +104,7 @@ class Prepared:
             folds=bool(self.folds),
             limit_bytes=limit_bytes(),
             refits=self.method.refits_blocks,
+            candidates=max(1, len(self.method.candidates)),
         )
         needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
         needed.require_room(self.request.output)
@@ -117,6 +119,7 @@ class Prepared:
             scheme=request.scheme.name if request.budget is None else MIXED,
             budget=None if request.budget is None else str(request.budget),
             method=request.method,
+            minutes=request.minutes,
             calibration=None if self.calibration is None else self.calibration.entry(),
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
             ignore=request.ignore,
@@ -137,6 +140,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
     require_measurable(request)
     require_journal(request)
     require_spreadable(request, ranks)
+    require_timely(request)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
@@ -147,7 +151,8 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
     calibration = calibration_text(request, method, progress)
     tokenizer, tokens = open_tokenizer(source), None
     if calibration is not None and looks_at_inputs(request.method):
-        tokens = require_tokens(source.spec, calibration.windows(source.spec, tokenizer), ranks) // ranks.size
+        windows, holds_out = calibration.windows(source.spec, tokenizer), bool(method.candidates)
+        tokens = require_tokens(source.spec, windows, ranks, holds_out=holds_out) // ranks.size
     note = unknown_tensors_note(source)
     rotate, notes = of_stream(folds, source.spec, format_, assignments)
     mix = None

@@ -34,10 +34,11 @@ from llmopt.pipeline.mixed import (
     outcome_json,
     outcome_note,
 )
+from llmopt.pipeline.pace import Pace, time_notes
 from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.request import QuantizeRequest
-from llmopt.pipeline.trial import chosen_basis
+from llmopt.pipeline.turning import chosen_basis
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.plan import Plan, solve
 from llmopt.progress import Progress, Silent
@@ -111,21 +112,22 @@ def execute(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> Qua
 
 def write_within_budget(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks) -> QuantizeResult:
     """Write an artifact; under a budget, again with what was learnt, where one was not within it."""
+    pace = Pace(prepared.request.minutes)
     if prepared.mix is None:
-        return write(prepared, kept, progress, ranks)
+        return write(prepared, kept, progress, ranks, pace)
     prepared = with_plan(prepared, progress, ranks)
     for _ in range(ROUNDS - 1):
         try:
-            return write(prepared, kept, progress, ranks)
+            return write(prepared, kept, progress, ranks, pace)
         except ExceededError as exceeded:
             assert prepared.plan is not None
             progress.say(f"{exceeded.what}: once more, with what was learnt")
             plan, correction = prepared.plan, exceeded.correction
             prepared = replanned(prepared, ranks.of_first(partial(solve, plan.problem, plan.budget, correction)))
-    return write(prepared, kept, progress, ranks)
+    return write(prepared, kept, progress, ranks, pace)
 
 
-def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks) -> QuantizeResult:
+def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks, pace: Pace) -> QuantizeResult:
     """Write an artifact with the schemes that are assigned; finished parts are kept in a journal.
 
     Raises:
@@ -133,7 +135,8 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     """
     needed = prepared.require_room() if ranks.is_first else None
     basis = ranks.of_first(partial(chosen_basis, prepared, kept, progress))
-    job = _export(prepared, kept, ranks, basis)
+    turn = None if basis is None else basis.seed
+    job = dataclasses.replace(_export(prepared, kept, ranks, pace), turn=turn)
     if not ranks.is_first:
         assist(job)
 
@@ -150,7 +153,7 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     return found
 
 
-def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, basis: Basis | None) -> Export:
+def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, pace: Pace) -> Export:
     request = prepared.request
     return Export(
         source=prepared.source,
@@ -163,7 +166,7 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, basis: Basis
         format=prepared.format,
         journal=kept,
         ranks=ranks,
-        turn=None if basis is None else basis.seed,
+        pace=pace,
     )
 
 
@@ -181,6 +184,8 @@ def _written(
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
         report = describe(prepared, size_bytes, layers, verification, loss=loss, basis=basis)
+        notes = time_notes(job.pace, prepared.source.spec.blocks, layers)
+        report = dataclasses.replace(report, notes=(*report.notes, *notes))
         write_json(folder / REPORT, report.to_json())
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")

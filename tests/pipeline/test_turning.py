@@ -19,7 +19,7 @@ from llmopt.model.checkpoint import Tensors, open_checkpoint
 from llmopt.model.source import open_source
 from llmopt.model.spec import ModelSpec
 from llmopt.model.turned import TurnedTensors
-from llmopt.pipeline import trial
+from llmopt.pipeline import turning
 from llmopt.pipeline.basis import why_not
 from llmopt.pipeline.calibration import Bounded, Calibration
 from llmopt.pipeline.export import Export, export
@@ -29,7 +29,7 @@ from llmopt.pipeline.prepare import prepare
 from llmopt.pipeline.quantize import QuantizeResult, quantize
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.request import QuantizeRequest
-from llmopt.pipeline.trial import best_basis
+from llmopt.pipeline.turning import best_basis
 from llmopt.precision.budget import parse_budget
 from llmopt.progress import Silent
 from llmopt.quantize.assign import assign
@@ -328,7 +328,7 @@ def test_a_run_that_goes_on_does_so_in_the_basis_that_was_chosen(
         with pytest.raises(StoppedError):
             written(folder, tmp_path / "stopped", "w8a8", "rotate+gptq")
     with monkeypatch.context() as patched:
-        patched.setattr(trial, "best_basis", stop)
+        patched.setattr(turning, "best_basis", stop)
         patched.setattr(PartReader, "_made_block", stop)
         found = bytes_of(written(folder, tmp_path / "stopped", "w8a8", "rotate+gptq").path)
     reports = [json.loads(files.pop("report.json")) for files in (expected, found)]

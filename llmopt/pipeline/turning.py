@@ -79,11 +79,11 @@ def best_basis(
     """
     few = [windows[index] for index in range(0, len(windows), -(-len(windows) // LOOKED_AT))]
     turns = [rotate.of_stream(spec.hidden_size, seed) for seed in range(rotate.stream_tries)]
-    trial = _Trial(spec, tensors, assignments, turns)
+    judge = _Judge(spec, tensors, assignments, turns)
     with progress.task("trying rotations", total=len(spec.blocks) + 1) as task, torch.inference_mode():
-        for _ in trial.run(few):
+        for _ in judge.run(few):
             task.advance()
-    as_stored, *others = trial.means()
+    as_stored, *others = judge.means()
     best = min(range(len(others)), key=others.__getitem__)
     return Basis(seed=best if others[best] < as_stored else None, error_as_stored=as_stored, error_turned=others[best])
 
@@ -104,7 +104,7 @@ class _View:
         return y_NH if self.turn_HH is None else turned(y_NH, self.turn_HH)
 
 
-class _Trial:
+class _Judge:
     """Sums the errors of every basis, the stored one first, while tokens go through the float model."""
 
     def __init__(self, spec: ModelSpec, tensors: Tensors, assignments: Assignments, turns: Sequence[Tensor]) -> None:
