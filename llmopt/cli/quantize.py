@@ -73,7 +73,7 @@ def quantize(
             "with later columns making up for the errors of earlier ones; reconstruct, the same and then whole blocks "
             "learn from the float ones; auto, for each layer and block what measures best of these, on text that is "
             "held out. Before it may stand awq or smoothquant, which scale inputs against weights, or rotate, which "
-            "mixes the values of heads: awq+gptq.",
+            "mixes channels of the residual stream and of heads: awq+gptq.",
         ),
     ] = "rtn",
     minutes: Annotated[

@@ -98,11 +98,12 @@ def quantized_bytes(spec: ModelSpec, grids: Mapping[str, Grid | None]) -> int:
 
 
 def float_bytes(spec: ModelSpec) -> int:
-    """What is float32 under every scheme: norms, biases, learned positions, and the tables of the rotary embedding."""
+    """What is float32 under every scheme: norms, biases, learned positions, rotary tables, what is before the head."""
     biases = sum(linear.out_features for linear in spec.linears() if linear.bias)
     positions = spec.embedding.positions
     floats = biases + sum(tensor.count for tensor in norm_tensors(spec)) + _rotary_values(spec)
     floats += sum(tensor.count for tensor in positions.tensors()) if positions is not None else 0
+    floats += spec.before_head.weight.count if spec.before_head is not None else 0
     return floats * _FLOAT32_BYTES
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmopt.calibrate.text import Corpus
 from llmopt.calibrate.windows import windows
 from llmopt.engine.base import TokenIds
-from llmopt.engine.blocks import RotaryTables, activated, block_forward, embed, mixed, normalize
+from llmopt.engine.blocks import Apply, RotaryTables, activated, block_forward, embed, head_inputs, mixed, normalize
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
@@ -161,6 +161,25 @@ class Sampler:
         )
 
 
+class BlockSampler:
+    """Samples what enters the linears of a block, by the name of the first that reads it."""
+
+    def __init__(self, block: Block, apply: Apply, sampler: Callable[[], Sampler]) -> None:
+        readers = (block.attention.inputs[0], block.attention.output, block.mlp.inputs[0], block.mlp.down)
+        self.samplers = {linear.name: sampler() for linear in readers}
+        self.inner = apply
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        """What a linear gives, by the `apply` that was given."""
+        if linear.name in self.samplers:
+            self.samplers[linear.name].add(x)
+        return self.inner(linear, x)
+
+    def samples(self) -> dict[str, InputSample]:
+        """What all processes kept."""
+        return {name: sampler.sample() for name, sampler in self.samplers.items()}
+
+
 def is_held_out(place: int) -> bool:
     """Whether the window at some place among all is one that nothing is fitted to, where something is to be judged."""
     return place % HELD_OUT == 0
@@ -253,8 +272,8 @@ class Calibration:
             floats = read(block.tensors())
             for index, state in enumerate(hidden):
                 hidden[index] = block_forward(block, floats, state, self.tables.turn(block, 0, state.shape[1]))
-        norm = read(self.spec.final_norm.tensors())
-        inputs = (normalize(self.spec.final_norm, norm, state) for state in hidden)
+        weights = read(self.spec.tensors_before_head())
+        inputs = (head_inputs(self.spec, weights, state) for state in hidden)
         return self._statistics(self.spec.head, inputs, [index // stride for index in looked_at])
 
     @torch.inference_mode()
@@ -264,19 +283,16 @@ class Calibration:
         The windows stay where they are. `floats` has linears as [out, in].
         """
         stride = max(1, sum(map(len, self.windows)) // SAMPLED_TOKENS)
-        readers = (block.attention.inputs[0], block.attention.output, block.mlp.inputs[0], block.mlp.down)
         seen = sum(map(len, self.windows[: self.own.start]))
-        samplers = {linear.name: Sampler(stride, seen, self.ranks) for linear in readers}
 
         def apply(linear: Linear, x: Tensor) -> Tensor:
-            if linear.name in samplers:
-                samplers[linear.name].add(x)
             bias = floats[f"{linear.name}.bias"] if linear.bias else None
             return torch.nn.functional.linear(x, floats[linear.weight.name], bias)
 
+        sampler = BlockSampler(block, apply, lambda: Sampler(stride, seen, self.ranks))
         for hidden in self.hidden:
-            block_forward(block, floats, hidden, self.tables.turn(block, 0, hidden.shape[1]), apply=apply)
-        return {name: sampler.sample() for name, sampler in samplers.items()}
+            block_forward(block, floats, hidden, self.tables.turn(block, 0, hidden.shape[1]), apply=sampler.apply)
+        return sampler.samples()
 
     @torch.inference_mode()
     def block(self, block: Block, weights: Weights, quantize: QuantizeGroup | None) -> None:
@@ -322,8 +338,8 @@ class Calibration:
     @torch.inference_mode()
     def head(self, weights: Weights) -> InputStatistics:
         """What enters the head."""
-        norms = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
-        inputs = (normalize(self.spec.final_norm, norms, hidden) for hidden in self.hidden)
+        plain = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        inputs = (head_inputs(self.spec, plain, hidden) for hidden in self.hidden)
         return self._statistics(self.spec.head, inputs, self.own)
 
     def _embedded(self, index: int, table: Mapping[str, Tensor]) -> Tensor:

@@ -1,16 +1,17 @@
 """A model as an artifact, quantized or not: streamed into its files, and through the reference beside them."""
 
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from llmopt.artifact import Journal, write_json
-from llmopt.model.checkpoint import Checkpoint, open_checkpoint
+from llmopt.model.checkpoint import Tensors, open_checkpoint
 from llmopt.model.source import GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.model.turned import TurnedTensors, turned_spec
 from llmopt.pipeline.calibration import Calibration, CalibrationText
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
@@ -26,6 +27,7 @@ from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
+from llmopt.quantize.rotate import Rotate
 from llmopt.report.results import LayerResult
 
 
@@ -43,12 +45,23 @@ class Export:
     format: Format = ONNX
     journal: Journal | None = None  # of a calibrated method: where finished parts are kept
     ranks: Ranks = ALONE
+    turn: int | None = None  # the seed of the rotation of the residual stream; None: it is as stored
     pace: Pace = field(default_factory=Pace)
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's."""
-        return self.source.spec
+        """The model's, as it is written."""
+        return self.source.spec if self.turn is None else turned_spec(self.source.spec)
+
+    @contextmanager
+    def tensors(self) -> Iterator[Tensors]:
+        """The tensors of `spec`."""
+        with open_checkpoint(self.source) as checkpoint:
+            if self.turn is None:
+                yield checkpoint
+            else:
+                turn_HH = Rotate().of_stream(self.source.spec.hidden_size, self.turn)
+                yield TurnedTensors(checkpoint, self.source.spec, turn_HH)
 
     @property
     def holds_out(self) -> bool:
@@ -95,8 +108,8 @@ def assist(job: Export) -> None:
     assert job.calibration is not None
     windows = job.calibration.windows(job.spec, open_tokenizer(job.source))
     calibration = Calibration(job.spec, windows, job.ranks, holds_out=job.holds_out)
-    with open_checkpoint(job.source) as checkpoint:
-        parts = part_reader(job, checkpoint, calibration)
+    with job.tensors() as tensors:
+        parts = part_reader(job, tensors, calibration)
         embedding = parts.embedding()
         for _ in parts.blocks():
             pass
@@ -104,17 +117,18 @@ def assist(job: Export) -> None:
 
 
 def part_reader(
-    job: Export, checkpoint: Checkpoint, calibration: Calibration | None, journal: PartJournal | None = None
+    job: Export, tensors: Tensors, calibration: Calibration | None, journal: PartJournal | None = None
 ) -> PartReader:
     """What quantizes the model, part by part."""
     return PartReader(
         job.spec,
-        checkpoint,
+        tensors,
         job.assignments,
         job.method,
         calibration,
         folds=job.folds,
         journal=journal,
+        turned=job.turn is not None,
         pace=job.pace,
     )
 
@@ -127,14 +141,14 @@ def write_parts(
     layers: list[LayerResult] = []
     journal = None
     if job.journal is not None and calibration is not None:
-        journal = PartJournal(job.journal, job.assignments, calibration.windows, progress)
+        journal = PartJournal(job.journal, job.assignments, calibration.windows, progress, job.turn)
         journal.announce(spec)
     with (
         closing(job.format.writer(spec, job.assignments, folder)) as writer,
-        open_checkpoint(job.source) as checkpoint,
+        job.tensors() as tensors,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = part_reader(job, checkpoint, calibration, journal)
+        parts = part_reader(job, tensors, calibration, journal)
         embedding = parts.embedding()
         references.embedding(writer.embedding(embedding.weights))
         layers += embedding.layers

@@ -72,6 +72,7 @@ class Mix:
     groups: tuple[Group, ...]
     fitted: Corpus
     held_out: Corpus
+    overhead_bytes: int  # see the function of that name
     method: str
     seed: int
     threads: int
@@ -87,7 +88,7 @@ class Mix:
         Raises:
             BudgetError: they are not.
         """
-        require_reachable(self.groups, overhead_bytes(self.spec), self.budget)
+        require_reachable(self.groups, self.overhead_bytes, self.budget)
 
     def plan(self, progress: Progress) -> Plan:
         """Estimate what each scheme costs each group, and solve.
@@ -147,7 +148,7 @@ class Mix:
             )
             for group in self.groups
         )
-        return Problem(groups=self.groups, options=options, overhead_bytes=overhead_bytes(self.spec))
+        return Problem(groups=self.groups, options=options, overhead_bytes=self.overhead_bytes)
 
     def _left(self, group: Group) -> float:
         if self.spec.embedding.name in group.layers:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from torch import Tensor
 
-from llmopt.model.checkpoint import Checkpoint
+from llmopt.model.checkpoint import Tensors
 from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 from llmopt.pipeline.calibration import Calibration, Weights
 from llmopt.pipeline.folding import fold_block
@@ -22,6 +22,7 @@ from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import InputStatistics, Method
 from llmopt.quantize.reconstruct import RECONSTRUCT
 from llmopt.quantize.registry import JOIN
+from llmopt.quantize.rotate import Rotate
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
@@ -30,6 +31,7 @@ from llmopt.report.results import LayerResult
 # Weights in flight while a table is quantized: rounding holds a few temporaries of this size.
 CHUNK_WEIGHTS = 1 << 22
 EXACT_BITS = 8
+BEFORE_HEAD = "float32: it carries the last norm's gain through the rotation, which the tied table has no place for"
 CHOSEN = "least error on held-out text"
 
 
@@ -44,7 +46,8 @@ class PartReader:
     A method that needs inputs gets them from the `calibration`, which the parts pass through; so do `folds`, which
     scale the weights of a block before they are quantized. A table is rounded to nearest, for it has no inputs; but one
     that serves as the head is fitted to those of the head. Parts that a `journal` has are not made again; those that it
-    lacks are put there. `pace` says what there is time for, where a method has candidates.
+    lacks are put there. What is `turned`, the checkpoint has turned already. `pace` says what there is time for, where
+    a method has candidates.
 
     Several processes read the same parts, each with the calibration's own `ranks`: the rows are divided among them, and
     all end with the same weights. The first of them has the journal.
@@ -53,13 +56,14 @@ class PartReader:
     def __init__(
         self,
         spec: ModelSpec,
-        checkpoint: Checkpoint,
+        checkpoint: Tensors,
         assignments: Mapping[str, Assignment],
         method: Method | None,
         calibration: Calibration | None = None,
         *,
         folds: Sequence[Fold] = (),
         journal: PartJournal | None = None,
+        turned: bool = False,
         pace: Pace | None = None,
     ) -> None:
         assert calibration is not None or not folds
@@ -70,6 +74,7 @@ class PartReader:
         self.calibration = calibration
         self.folds = folds
         self.journal = journal
+        self.turned = turned
         self.pace = pace or Pace()
         self.has_time = True  # for the slowest candidate, in the part at hand
         self.ranks = ALONE if calibration is None else calibration.ranks
@@ -100,12 +105,18 @@ class PartReader:
         return part
 
     def _tied_head(self, embedding: Part) -> Part:
-        head, part = self.spec.head, Part(self._read(list(self.spec.final_norm.tensors())), [])
-        part.weights[head.weight.name] = table = embedding.weights[head.weight.name]
+        head, part, shared = self.spec.head, self._entering_head(), embedding.layers[0]
+        part.weights[head.weight.name] = embedding.weights[head.weight.name]
         part.weights.update(self._read(list(head.tensors())))
-        shared = embedding.layers[0]
-        layer = self._result(head.name, table, shared.relative_error, shared.method)
-        part.layers.append(replace(layer, held_out_errors=shared.held_out_errors))
+        part.layers.append(replace(shared, name=head.name, reason=self.assignments[head.name].reason or shared.reason))
+        return part
+
+    def _entering_head(self) -> Part:
+        part = Part(self._read(list(self.spec.tensors_before_head())), [])
+        if self.spec.before_head is not None:
+            part.layers.append(
+                LayerResult(name=self.spec.before_head.name, scheme=None, method=None, reason=BEFORE_HEAD)
+            )
         return part
 
     def _inputs_of_tied_head(self) -> InputStatistics | None:
@@ -189,7 +200,7 @@ class PartReader:
                 part.layers[index] = replace(layer, method=f"{layer.method}{JOIN}{RECONSTRUCT}", relative_error=error)
 
     def _made_head(self) -> Part:
-        part = Part(self._read(list(self.spec.final_norm.tensors())), [])
+        part = self._entering_head()
         inputs = None if self.calibration is None else self.calibration.head(part.weights)
         if size := self._head_in_blocks():
             self._begin(size, size)
@@ -301,7 +312,9 @@ class PartReader:
         if not isinstance(weight, QuantizedWeight):
             return LayerResult(name=name, scheme=None, method=None, reason=reason or "not quantized")
         if method is not None:
-            method = JOIN.join([*self.folds_of.get(name, []), method])
+            # Values of heads may be turned within the stream; it is one fold by its name.
+            folds = dict.fromkeys([*([Rotate.name] if self.turned else []), *self.folds_of.get(name, [])])
+            method = JOIN.join([*folds, method])
         return LayerResult(name=name, scheme=weight.scheme.name, method=method, reason=reason, relative_error=error)
 
 

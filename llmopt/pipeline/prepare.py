@@ -1,7 +1,7 @@
 """A request made ready: its model found, its layers given their schemes. Only the plan of a budget reads weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,12 @@ from llmopt.artifact import (
 )
 from llmopt.measure.host import versions
 from llmopt.model.source import ModelSource, open_source
+from llmopt.model.spec import ModelSpec
+from llmopt.model.turned import turned_spec
+from llmopt.pipeline.basis import NOT_TURNED, why_not
 from llmopt.pipeline.calibration import CalibrationText, require_tokens
 from llmopt.pipeline.estimate import Estimate, Work
-from llmopt.pipeline.formats.base import Format
+from llmopt.pipeline.formats.base import Assignments, Format
 from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.mixed import (
     Mix,
@@ -44,6 +47,7 @@ from llmopt.quantize.assign import Assignment, assign
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
 from llmopt.quantize.registry import find_folds, find_method, looks_at_inputs
+from llmopt.quantize.rotate import Rotate
 from llmopt.quantize.rtn import Rtn
 
 MIXED = "mixed"  # the scheme of an artifact in which a budget chose that of every layer
@@ -63,14 +67,20 @@ class Prepared:
     mix: Mix | None = None  # for a request with a budget
     plan: Plan | None = None  # once it was made; the assignments are then its own
     notes: tuple[str, ...] = ()  # about the model
+    rotate: Rotate | None = None  # that is to be tried on the residual stream
     tokens: int | None = None  # that this process calibrates on, for a method that looks at inputs
+
+    @property
+    def largest_spec(self) -> ModelSpec:
+        """What is written, with the product before the head that it may turn out to have."""
+        return self.source.spec if self.rotate is None else turned_spec(self.source.spec)
 
     @property
     def estimated_bytes(self) -> int:
         """What the weights will take on disk; at most, as long as a budget has no plan."""
         if self.plan is None and isinstance(self.request.budget, SizeBudget):
             return self.request.budget.model_bytes
-        return self.format.estimated_bytes(self.source.spec, self.assignments)
+        return self.format.estimated_bytes(self.largest_spec, self.assignments)
 
     def method_of(self, layer: str) -> str:
         """What finds a layer's numbers; a table is never folded, and fitted only where it is the head too."""
@@ -87,7 +97,7 @@ class Prepared:
             ResourceError: they do not.
         """
         work = Work(
-            spec=self.source.spec,
+            spec=self.largest_spec,
             assignments=self.assignments,
             format=self.format,
             tokens=self.tokens,
@@ -144,6 +154,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
         windows, holds_out = calibration.windows(source.spec, tokenizer), bool(method.candidates)
         tokens = require_tokens(source.spec, windows, ranks, holds_out=holds_out) // ranks.size
     note = unknown_tensors_note(source)
+    rotate, notes = of_stream(folds, source.spec, format_, assignments)
     mix = None
     if request.budget is not None:
         assert calibration is not None
@@ -155,6 +166,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
             groups=fused_groups(source.spec, fixed_layers(source.spec, assignments, request.overrides, request.ignore)),
             fitted=calibration.corpus,
             held_out=held_out,
+            overhead_bytes=overhead_bytes(source.spec if rotate is None else turned_spec(source.spec)),
             method=method.name,
             seed=request.seed,
             threads=request.threads,
@@ -169,9 +181,19 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
         assignments=assignments,
         calibration=calibration,
         mix=mix,
-        notes=() if note is None else (note,),
+        notes=notes if note is None else (note, *notes),
+        rotate=rotate,
         tokens=tokens,
     )
+
+
+def of_stream(
+    folds: Sequence[Fold], spec: ModelSpec, format_: Format, assignments: Assignments
+) -> tuple[Rotate | None, tuple[str, ...]]:
+    """The fold that is to be tried on the residual stream, if one was asked for; or a note why it is not."""
+    rotate = next((fold for fold in folds if isinstance(fold, Rotate)), None)
+    reason = None if rotate is None else why_not(spec, format_, assignments)
+    return (rotate, ()) if reason is None else (None, (f"{NOT_TURNED}: {reason}",))
 
 
 def with_plan(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> Prepared:

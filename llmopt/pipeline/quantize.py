@@ -22,6 +22,7 @@ from llmopt.errors import UsageError
 from llmopt.export.card import Card, card_text
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
+from llmopt.pipeline.basis import Basis
 from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.export import Export, assist, export
 from llmopt.pipeline.formats.onnx import ONNX
@@ -37,6 +38,7 @@ from llmopt.pipeline.pace import Pace, time_notes
 from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.request import QuantizeRequest
+from llmopt.pipeline.turning import chosen_basis
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.plan import Plan, solve
 from llmopt.progress import Progress, Silent
@@ -131,13 +133,17 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     Raises:
         LlmoptError: see `quantize`.
     """
-    job = _export(prepared, kept, ranks, pace)
+    needed = prepared.require_room() if ranks.is_first else None
+    basis = ranks.of_first(partial(chosen_basis, prepared, kept, progress))
+    turn = None if basis is None else basis.seed
+    job = dataclasses.replace(_export(prepared, kept, ranks, pace), turn=turn)
     if not ranks.is_first:
         assist(job)
 
     def outcome() -> QuantizeResult | ExceededError:
+        assert needed is not None
         try:
-            return _written(prepared, job, progress)
+            return _written(prepared, job, needed, basis, progress)
         except ExceededError as exceeded:
             return exceeded
 
@@ -164,9 +170,10 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, pace: Pace) 
     )
 
 
-def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeResult:
+def _written(
+    prepared: Prepared, job: Export, needed: Estimate, basis: Basis | None, progress: Progress
+) -> QuantizeResult:
     request = prepared.request
-    needed = prepared.require_room()
     progress.say(f"{request.output.name} {needed}")
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
@@ -176,7 +183,7 @@ def _written(prepared: Prepared, job: Export, progress: Progress) -> QuantizeRes
         manifest = write_manifest(folder, prepared.manifest())
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
-        report = describe(prepared, size_bytes, layers, verification, loss)
+        report = describe(prepared, size_bytes, layers, verification, loss=loss, basis=basis)
         notes = time_notes(job.pace, prepared.source.spec.blocks, layers)
         report = dataclasses.replace(report, notes=(*report.notes, *notes))
         write_json(folder / REPORT, report.to_json())
@@ -197,7 +204,9 @@ def describe(
     size_bytes: int,
     layers: tuple[LayerResult, ...],
     verification: Verification,
+    *,
     loss: HeldOutLoss | None = None,
+    basis: Basis | None = None,
 ) -> Report:
     """The report of an artifact that was not benched yet: its size, its layers, and how well the export agrees."""
     request = prepared.request
@@ -215,6 +224,9 @@ def describe(
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:
             notes.append("calibrated on llmopt's own stories: --calib with text like what it will read is better")
+    if basis is not None:
+        settings["basis"] = basis.to_json()
+        notes.append(basis.note)
     if prepared.plan is not None and loss is not None:
         settings["budget"] = outcome_json(prepared.plan, loss)
         notes.append(outcome_note(prepared.plan, loss))

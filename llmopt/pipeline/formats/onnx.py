@@ -35,6 +35,7 @@ class Onnx:
     engine: str = "onnxruntime"
     tables: TableRule = EIGHT_BITS
     rounding: Rounding = round_rows
+    before_head: bool = True
 
     def scales(self, spec: ModelSpec) -> ScaleRule:
         """Signed, which kernels take, and in half precision, as they are stored."""
