@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmopt.errors import ExitCode, RecipeError, UsageError
-from llmopt.quantize.registry import check_method
+from llmopt.quantize.registry import check_method, check_minutes
 from llmopt.recipe import Vocabulary, json_schema, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -52,7 +52,9 @@ def parse_budget(text):
         raise UsageError(f"{text!r} is not a budget", hint="write 92MB")
 
 
-VOCABULARY = Vocabulary(check_method=check_method, parse_gate=parse_gate, parse_budget=parse_budget)
+VOCABULARY = Vocabulary(
+    check_method=check_method, check_minutes=check_minutes, parse_gate=parse_gate, parse_budget=parse_budget
+)
 
 
 @pytest.fixture
@@ -110,6 +112,11 @@ def test_what_is_not_said_has_a_default(load):
     assert (recipe.seed, recipe.threads, recipe.bench, recipe.gates) == (0, None, None, ())
     assert recipe.steps[0].quantize.method == "rtn"
     assert load(MINIMAL + "bench: {}\n").bench.rounds == 5
+
+
+def test_minutes_are_for_auto_and_need_not_be_whole(load):
+    assert load(FULL.replace("method: rtn", "method: awq+auto, minutes: 2.5")).steps[0].quantize.minutes == 2.5
+    assert load(FULL.replace("method: rtn", "method: auto, minutes: 3")).steps[0].quantize.minutes == 3
 
 
 def test_a_recipe_cannot_be_changed_after_it_was_checked(load):
@@ -196,6 +203,12 @@ def replaced(old, new):
         (replaced("w4a16-g32-asym", "▸w4a16-g31"), "'w4a16-g31': groups have", "w8a16, w4a16 or w8a8"),
         (replaced("method: rtn", "budget: ▸92kg"), "'92kg' is not a budget", "write 92MB"),
         (replaced("{lm_head: w8a8}", "{lm_head: ▸w8}"), "'w8' is not a scheme", "w8a16, w4a16 or w8a8"),
+        (
+            replaced("method: rtn", "method: rtn, minutes: ▸5"),
+            "only auto makes do",
+            "method auto, or",
+        ),
+        (replaced("method: rtn", "method: auto, minutes: ▸0"), "0 minutes are no time", "give more than 0"),
         (replaced("method: rtn", "method: ▸gtpq"), "there is no method 'gtpq'", "did you mean 'gptq'?"),
         (replaced("- perplexity <= +1%", "- ▸perplexity"), "'perplexity' is not a gate", "METRIC <= BOUND"),
         (replaced('"perplexity <= +20%"', "▸fast"), "'fast' is not a gate", "METRIC <= BOUND"),

@@ -1,5 +1,6 @@
 """From a model to a verdict, through the command line, on the embedded model and on damaged copies of it."""
 
+import functools
 import io
 import json
 import os
@@ -16,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from llmopt import demo
 from llmopt.artifact import load_manifest
 from llmopt.calibrate.text import built_in
+from llmopt.pipeline.reconstruct import Learning, Reconstruction
 from llmopt.report.results import TIMING_METRICS
 from tests.whole_way import CommandLine, bytes_of
 
+BRIEF = Learning(steps=2)
 ACCURACY = ("--tokens", "2048", "--no-latency", "--threads", "1")
 
 
@@ -104,6 +107,27 @@ class TestQuantize:
         kept = json.loads((tmp_path / "gptq" / "report.json").read_text())
         assert kept["settings"]["calibration"]["text"] == "built-in demo text for calibration"
 
+    def test_auto_says_what_each_layer_got_in_the_time_and_beats_rounding(self, llmopt, tmp_path, monkeypatch):
+        monkeypatch.setattr("llmopt.pipeline.parts.Reconstruction", functools.partial(Reconstruction, learning=BRIEF))
+        options = ("--scheme", "w4a16-sym", "--method", "auto", "--calib-tokens", "4096", "--threads", "1", "--json")
+        ended = llmopt("quantize", "demo", "-o", tmp_path / "auto", *options)
+        assert ended.code == 0
+        assert "minutes" not in ended.out
+        assert llmopt("quantize", "demo", "-o", tmp_path / "rtn", *options[:2], "--threads", "1").code == 0
+        paths = [tmp_path / method for method in ("auto", "rtn")]
+        measured = json.loads(llmopt("bench", *paths, *ACCURACY, "--json").out)
+        auto, rtn = (candidate["metrics"]["kl_divergence"]["value"] for candidate in measured["candidates"])
+        assert auto < 0.8 * rtn
+        ended = llmopt("quantize", "demo", "-o", tmp_path / "hasty", *options, "--minutes", "0.001")
+        report = json.loads(ended.out)
+        layers = {layer["name"]: layer for layer in report["candidates"][0]["layers"]}
+        last = layers["model.layers.3.mlp.down_proj"]
+        assert last["method"] == min(last["held_out_errors"], key=last["held_out_errors"].get)
+        assert last["reason"] == "least error on held-out text; no time for gptq"
+        assert "and for 0 to learn as a whole" in " ".join(report["notes"])
+        assert "more than the 0.001 that were given" in " ".join(report["notes"])
+        assert "--minutes 0.001" in (tmp_path / "hasty" / "README.md").read_text()
+
     def test_what_is_calibrated_on_is_part_of_what_an_artifact_is(self, llmopt, tmp_path):
         text = tmp_path / "text.txt"
         keys = []
@@ -121,6 +145,8 @@ class TestQuantize:
             (["--method", "gptq", "--calib", "none.txt"], "none.txt"),
             (["--method", "gptq", "--calib-tokens", "100"], "640 inputs"),
             (["--method", "gtpq"], "did you mean 'gptq'?"),
+            (["--method", "gptq", "--minutes", "5"], "only auto makes do with some minutes"),
+            (["--method", "auto", "--minutes", "-1"], "-1 minutes are no time"),
         ],
     )
     def test_mistakes_about_calibration_are_told(self, llmopt, tmp_path, monkeypatch, words, told):

@@ -62,6 +62,7 @@ class Manifest:
     scheme: str | None = None
     budget: str | None = None
     method: str | None = None
+    minutes: float | None = None
     calibration: Mapping[str, str | int] | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()

@@ -71,10 +71,21 @@ def quantize(
             metavar="METHOD",
             help="How the numbers are found: rtn, rounding to nearest; search, with ranges that suit the inputs; gptq, "
             "with later columns making up for the errors of earlier ones; reconstruct, the same and then whole blocks "
-            "learn from the float ones. Before it may stand awq or smoothquant, which scale inputs against weights, "
-            "or rotate, which mixes the values of heads: awq+gptq.",
+            "learn from the float ones; auto, for each layer and block what measures best of these, on text that is "
+            "held out. Before it may stand awq or smoothquant, which scale inputs against weights, or rotate, which "
+            "mixes channels of the residual stream and of heads: awq+gptq.",
         ),
     ] = "rtn",
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes",
+            metavar="N",
+            help="With --method auto: quantize in so many minutes; verifying comes behind. All layers get what is "
+            "quick; as there is time for it, gptq and then learning go to blocks spread over the model, so another run "
+            "may give another artifact. Default: everything for all, and the same artifact each time.",
+        ),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -160,7 +171,7 @@ def quantize(
     """
     from llmopt.errors import UsageError
     from llmopt.precision.budget import parse_budget
-    from llmopt.quantize.registry import check_method
+    from llmopt.quantize.registry import check_method, check_minutes
     from llmopt.quantize.scheme import parse_scheme
 
     if format_ not in FORMATS:
@@ -168,6 +179,7 @@ def quantize(
     parsed = parse_scheme(scheme)
     overrides = tuple(map(parse_override, override or ()))
     check_method(method)
+    check_minutes(minutes, method)
     resuming = resume_choice(resume, restart)
     asked = None if budget is None else parse_budget(budget)
     shown = Shown(explain=explain, plot=plot)
@@ -181,6 +193,7 @@ def quantize(
         scheme=parsed,
         budget=asked,
         method=method,
+        minutes=minutes,
         calib=calib,
         calib_tokens=calib_tokens,
         overrides=overrides,

@@ -6,7 +6,9 @@ from llmopt.recipe import Vocabulary
 def vocabulary() -> Vocabulary:
     """Every method, and the readers of gates and budgets."""
     from llmopt.precision.budget import parse_budget
-    from llmopt.quantize.registry import check_method
+    from llmopt.quantize.registry import check_method, check_minutes
     from llmopt.report.gates import parse_gate
 
-    return Vocabulary(check_method=check_method, parse_gate=parse_gate, parse_budget=parse_budget)
+    return Vocabulary(
+        check_method=check_method, check_minutes=check_minutes, parse_gate=parse_gate, parse_budget=parse_budget
+    )

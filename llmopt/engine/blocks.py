@@ -129,7 +129,13 @@ def block_forward(
 
 def head_logits(spec: ModelSpec, weights: Weights, hidden_BTH: Tensor, *, apply: Apply | None = None) -> Tensor:
     """Logits [B, T, V] from the last block's hidden states: the final norm, then the head."""
-    return (apply or plain(weights))(spec.head, normalize(spec.final_norm, weights, hidden_BTH))
+    return (apply or plain(weights))(spec.head, head_inputs(spec, weights, hidden_BTH))
+
+
+def head_inputs(spec: ModelSpec, weights: Weights, hidden_BTH: Tensor) -> Tensor:
+    """What enters the head, [B, T, H]: the normed hidden states, behind the float product that there may be."""
+    normed_BTH = normalize(spec.final_norm, weights, hidden_BTH)
+    return normed_BTH if spec.before_head is None else plain(weights)(spec.before_head, normed_BTH)
 
 
 def normalize(norm: Norm, weights: Weights, x: Tensor) -> Tensor:

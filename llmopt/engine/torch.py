@@ -83,7 +83,7 @@ class TorchEngine:
         """Logits, [B, T, V], from what `hidden` gives."""
         head = self.spec.head
         bias = () if not head.bias else (TensorSpec(f"{head.name}.bias", (head.out_features,)),)
-        weights = self._read((*self.spec.final_norm.tensors(), head.weight, *bias))
+        weights = self._read((*self.spec.tensors_before_head(), head.weight, *bias))
         return head_logits(self.spec, weights, hidden_BTH, apply=self._linears(weights))
 
     def _read(self, tensors: Iterable[TensorSpec]) -> Weights:

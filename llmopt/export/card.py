@@ -115,7 +115,7 @@ def _introduction(card: Card) -> str:
     return (
         f"{escape(manifest.source.name)}{architecture}{revision}, quantized{scheme} and written as {written}. "
         f"The weights that it was made from have the fingerprint {code(manifest.source.fingerprint)}."
-        f"{_calibration(manifest)}"
+        f"{_calibration(manifest)}{_basis(card.report)}"
     )
 
 
@@ -125,6 +125,11 @@ def _calibration(manifest: Manifest) -> str:
         return ""
     text, sha256 = escape(str(read["text"])), code(str(read["sha256"]))
     return f" It was fitted to at most {read['tokens']} tokens of {text}, whose SHA-256 is {sha256}."
+
+
+def _basis(report: Report) -> str:
+    basis = report.settings.get("basis")
+    return "" if basis is None or basis["seed"] is None else " Its residual stream is in a rotated basis."
 
 
 def _measured(card: Card) -> str:
@@ -154,6 +159,8 @@ def _command(manifest: Manifest) -> str:
     if manifest.scheme:
         how = ["--scheme", manifest.scheme] if manifest.budget is None else ["--budget", manifest.budget]
         words += [*how, "--method", manifest.method or "rtn"]
+    if manifest.minutes is not None:
+        words += ["--minutes", f"{manifest.minutes:g}"]
     if manifest.calibration is not None:
         if manifest.calibration["text"] != BUILT_IN_CALIBRATION:
             words += ["--calib", str(manifest.calibration["text"])]

@@ -7,7 +7,7 @@ peak memory is one of the numbers that this project reports.
 from collections.abc import Callable, Iterable, Mapping
 from io import FileIO
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -55,6 +55,18 @@ def open_checkpoint(source: ModelSource) -> "Checkpoint":
     assert source.folder is not None
     tables = safetensors_files.read_tables(source.folder)
     return Checkpoint(source.spec, _rename(tables, source.spec), where=str(source.folder))
+
+
+class Tensors(Protocol):
+    """Where weights come from: a checkpoint, or what looks like one."""
+
+    def read(self, tensor: TensorSpec) -> torch.Tensor:
+        """One tensor, float32, in its stored shape."""
+        ...
+
+    def read_rows(self, tensor: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` (exclusive) of a matrix."""
+        ...
 
 
 class Checkpoint:

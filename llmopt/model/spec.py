@@ -226,6 +226,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     genai_type: str | None = None  # what onnxruntime-genai calls this family; None: it does not know it
+    before_head: Linear | None = None  # a float product between the final norm and the head, of a turned model
 
     @property
     def vocab_size(self) -> int:
@@ -243,10 +244,16 @@ class ModelSpec:
             yield from block.linears()
         yield self.head
 
+    def tensors_before_head(self) -> Iterator[TensorSpec]:
+        """What stands between the last block and the head."""
+        yield from self.final_norm.tensors()
+        if self.before_head is not None:
+            yield from self.before_head.tensors()
+
     def tensors(self) -> Iterator[TensorSpec]:
         """Everything that the checkpoint must hold, in the order in which the model uses it."""
         yield from self.embedding.tensors()
         for block in self.blocks:
             yield from block.tensors()
-        yield from self.final_norm.tensors()
+        yield from self.tensors_before_head()
         yield from self.head.tensors()

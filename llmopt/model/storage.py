@@ -10,7 +10,7 @@ from llmopt.model.cost import norm_tensors
 from llmopt.model.rotary import supported_length
 from llmopt.model.spec import ModelSpec
 
-_FLOAT32_BYTES = 4
+_FLOAT32_BYTES, _FLOAT16_BYTES = 4, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +98,12 @@ def quantized_bytes(spec: ModelSpec, grids: Mapping[str, Grid | None]) -> int:
 
 
 def float_bytes(spec: ModelSpec) -> int:
-    """What is float32 under every scheme: norms, biases, learned positions, and the tables of the rotary embedding."""
+    """What is float32 under every scheme: norms, biases, learned positions, rotary tables, what is before the head."""
     biases = sum(linear.out_features for linear in spec.linears() if linear.bias)
     positions = spec.embedding.positions
     floats = biases + sum(tensor.count for tensor in norm_tensors(spec)) + _rotary_values(spec)
     floats += sum(tensor.count for tensor in positions.tensors()) if positions is not None else 0
+    floats += spec.before_head.weight.count if spec.before_head is not None else 0
     return floats * _FLOAT32_BYTES
 
 
@@ -111,17 +112,17 @@ def _weight_bytes(rows: int, columns: int, grid: Grid | None) -> int:
 
 
 def stored_bytes(rows: int, columns: int, grid: Grid) -> int:
-    """One weight on `grid`: codes, a float32 scale a group, and a zero point a group where it is asymmetric.
+    """One weight on `grid`: codes, a float16 scale a group, and a zero point a group where it is asymmetric.
 
     Weight-only kernels read whole groups, so a last one that is shorter is padded; and a scheme per channel repeats
-    its scale for blocks of at most 128. Integer products have the sum of each row beside its scale.
+    its scale for blocks of at most 128. Integer products have a float32 scale and the sum of each row.
     """
     if grid.activation_bits == 8:
         return rows * (columns + 2 * _FLOAT32_BYTES)
     size = grid.group_size or next((block for block in (128, 64, 32, 16) if columns % block == 0), 32)
     groups = math.ceil(columns / size)
     zero_points = 0 if grid.symmetric else math.ceil(groups * grid.bits / 8)
-    return rows * (groups * size * grid.bits // 8 + groups * _FLOAT32_BYTES + zero_points)
+    return rows * (groups * size * grid.bits // 8 + groups * _FLOAT16_BYTES + zero_points)
 
 
 def _rotary_values(spec: ModelSpec) -> int:

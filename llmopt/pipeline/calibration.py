@@ -9,7 +9,7 @@ Of several processes each has some of the windows, and they add up what they fin
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from llmopt.calibrate.text import Corpus
 from llmopt.calibrate.windows import windows
 from llmopt.engine.base import TokenIds
-from llmopt.engine.blocks import RotaryTables, activated, block_forward, embed, mixed, normalize
+from llmopt.engine.blocks import Apply, RotaryTables, activated, block_forward, embed, head_inputs, mixed, normalize
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
@@ -43,6 +43,7 @@ KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 SAMPLED_TOKENS = 512
 HEAD_TOKENS = 8192
 TINY = torch.finfo(torch.float32).tiny
+HELD_OUT = 8  # of so many windows the first is not fitted to, where something is to be judged
 CONTEXT = 8  # tokens by which a token and those before it are told from others
 
 
@@ -98,11 +99,11 @@ class Moment:
     It is symmetric, and products of panels that lie above the diagonal are not computed: 5/8 of the work with 4 panels.
     """
 
-    def __init__(self, width: int, ranks: Ranks = ALONE) -> None:
+    def __init__(self, width: int, ranks: Ranks = ALONE, bounded: Bounded | None = None) -> None:
         self.ranks = ranks
         self.sum_II = torch.zeros((width, width))  # below the diagonal, and a little above it
         self.tokens = 0
-        self.bounded = Bounded(ranks)
+        self.bounded = bounded or Bounded(ranks)
         self.panel = max(MIN_PANEL, -(-width // PANELS))
 
     def add(self, x_BTI: Tensor) -> None:
@@ -160,11 +161,37 @@ class Sampler:
         )
 
 
-def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE) -> int:
+class BlockSampler:
+    """Samples what enters the linears of a block, by the name of the first that reads it."""
+
+    def __init__(self, block: Block, apply: Apply, sampler: Callable[[], Sampler]) -> None:
+        readers = (block.attention.inputs[0], block.attention.output, block.mlp.inputs[0], block.mlp.down)
+        self.samplers = {linear.name: sampler() for linear in readers}
+        self.inner = apply
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        """What a linear gives, by the `apply` that was given."""
+        if linear.name in self.samplers:
+            self.samplers[linear.name].add(x)
+        return self.inner(linear, x)
+
+    def samples(self) -> dict[str, InputSample]:
+        """What all processes kept."""
+        return {name: sampler.sample() for name, sampler in self.samplers.items()}
+
+
+def is_held_out(place: int) -> bool:
+    """Whether the window at some place among all is one that nothing is fitted to, where something is to be judged."""
+    return place % HELD_OUT == 0
+
+
+def require_tokens(
+    spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE, *, holds_out: bool = False
+) -> int:
     """See that there are as many tokens that are not just repeated as the widest linear has inputs, and a window for
     each process.
 
-    Gives how many tokens there are.
+    Gives how many tokens there are, with those that are held out, which do not count for this.
 
     Raises:
         UsageError: there are fewer, which would leave its second moment singular, or a process without work.
@@ -174,21 +201,23 @@ def require_tokens(spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = 
             f"{len(windows)} windows to calibrate on, and {ranks.size} processes to divide them among",
             hint="start fewer processes, or give more text with --calib-tokens or --calib",
         )
-    tokens = sum(map(len, windows))
+    fitted = [ids for index, ids in enumerate(windows) if not (holds_out and is_held_out(index))]
+    tokens = sum(map(len, fitted))
     widest = max(spec.linears(), key=lambda linear: linear.in_features)
-    different = different_tokens(windows)
-    if different < widest.in_features <= tokens:
+    if tokens < widest.in_features:
+        raise UsageError(
+            f"{tokens} tokens to calibrate on{', beside those held out' * holds_out}, and {widest.name} has "
+            f"{widest.in_features} inputs",
+            hint="give more text with --calib, or more of it with --calib-tokens",
+        )
+    different = different_tokens(fitted)
+    if different < widest.in_features:
         raise UsageError(
             f"the text to calibrate on repeats itself: of its {tokens} tokens {different} differ, in themselves or in "
             f"the {CONTEXT - 1} before them, and {widest.name} has {widest.in_features} inputs",
             hint="give text like what the model will read with --calib",
         )
-    if tokens < widest.in_features:
-        raise UsageError(
-            f"{tokens} tokens to calibrate on, and {widest.name} has {widest.in_features} inputs",
-            hint="give more text with --calib, or more of it with --calib-tokens",
-        )
-    return tokens
+    return sum(map(len, windows))
 
 
 def different_tokens(windows: Sequence[TokenIds]) -> int:
@@ -201,7 +230,8 @@ def different_tokens(windows: Sequence[TokenIds]) -> int:
 class Calibration:
     """Windows of text on their way through the model: `embedding`, then `block` for each block, then `head`.
 
-    `windows` are those of all processes, `hidden` the states of those that this one has.
+    `windows` are those of all processes, `hidden` the states of those that this one has. With `holds_out`, statistics
+    are of seven windows of eight, and those of the others stand beside them.
 
     Raises:
         UsageError: see `require_tokens`.
@@ -211,11 +241,12 @@ class Calibration:
     windows: Sequence[TokenIds]
     ranks: Ranks = ALONE
     states: Callable[[], States] = States  # where activations of all windows are kept
+    holds_out: bool = False
     hidden: States = field(default_factory=States, init=False)
 
     def __post_init__(self) -> None:
         """Fail before anything is read."""
-        require_tokens(self.spec, self.windows, self.ranks)
+        require_tokens(self.spec, self.windows, self.ranks, holds_out=self.holds_out)
         self.own = range(len(self.windows))[self.ranks.shares(len(self.windows))[self.ranks.rank]]
         self.tables = RotaryTables(self.spec, max(map(len, self.windows)))
 
@@ -234,15 +265,16 @@ class Calibration:
         """
         stride = max(1, sum(map(len, self.windows)) // HEAD_TOKENS)
         table = read(self.spec.embedding.tensors())
-        hidden = [self._embedded(index, table) for index in self.own if index % stride == 0]
+        looked_at = [index for index in self.own if index % stride == 0]
+        hidden = [self._embedded(index, table) for index in looked_at]
         del table
         for block in self.spec.blocks:
             floats = read(block.tensors())
             for index, state in enumerate(hidden):
                 hidden[index] = block_forward(block, floats, state, self.tables.turn(block, 0, state.shape[1]))
-        norm = read(self.spec.final_norm.tensors())
-        inputs = (normalize(self.spec.final_norm, norm, state) for state in hidden)
-        return self._statistics(self.spec.head, inputs)
+        weights = read(self.spec.tensors_before_head())
+        inputs = (head_inputs(self.spec, weights, state) for state in hidden)
+        return self._statistics(self.spec.head, inputs, [index // stride for index in looked_at])
 
     @torch.inference_mode()
     def look(self, block: Block, floats: Mapping[str, Tensor]) -> dict[str, InputSample]:
@@ -251,19 +283,16 @@ class Calibration:
         The windows stay where they are. `floats` has linears as [out, in].
         """
         stride = max(1, sum(map(len, self.windows)) // SAMPLED_TOKENS)
-        readers = (block.attention.inputs[0], block.attention.output, block.mlp.inputs[0], block.mlp.down)
         seen = sum(map(len, self.windows[: self.own.start]))
-        samplers = {linear.name: Sampler(stride, seen, self.ranks) for linear in readers}
 
         def apply(linear: Linear, x: Tensor) -> Tensor:
-            if linear.name in samplers:
-                samplers[linear.name].add(x)
             bias = floats[f"{linear.name}.bias"] if linear.bias else None
             return torch.nn.functional.linear(x, floats[linear.weight.name], bias)
 
+        sampler = BlockSampler(block, apply, lambda: Sampler(stride, seen, self.ranks))
         for hidden in self.hidden:
-            block_forward(block, floats, hidden, self.tables.turn(block, 0, hidden.shape[1]), apply=apply)
-        return {name: sampler.sample() for name, sampler in samplers.items()}
+            block_forward(block, floats, hidden, self.tables.turn(block, 0, hidden.shape[1]), apply=sampler.apply)
+        return sampler.samples()
 
     @torch.inference_mode()
     def block(self, block: Block, weights: Weights, quantize: QuantizeGroup | None) -> None:
@@ -284,7 +313,7 @@ class Calibration:
 
         def fit(linears: Sequence[Linear], inputs: Iterable[Tensor]) -> None:
             if quantize is not None:
-                quantize(linears, self._statistics(linears[0], inputs))
+                quantize(linears, self._statistics(linears[0], inputs, self.own))
 
         fit(attention.inputs, (enter(block.attention_norm, hidden) for hidden in self.hidden))
         heads = self.states()
@@ -309,18 +338,24 @@ class Calibration:
     @torch.inference_mode()
     def head(self, weights: Weights) -> InputStatistics:
         """What enters the head."""
-        norms = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
-        inputs = (normalize(self.spec.final_norm, norms, hidden) for hidden in self.hidden)
-        return self._statistics(self.spec.head, inputs)
+        plain = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        inputs = (head_inputs(self.spec, plain, hidden) for hidden in self.hidden)
+        return self._statistics(self.spec.head, inputs, self.own)
 
     def _embedded(self, index: int, table: Mapping[str, Tensor]) -> Tensor:
         return embed(self.spec.embedding, table, torch.from_numpy(self.windows[index])[None])
 
-    def _statistics(self, linear: Linear, inputs: Iterable[Tensor]) -> InputStatistics:
-        moment = Moment(linear.in_features, self.ranks)
-        for x in inputs:
-            moment.add(x)
-        return moment.statistics(linear.name)
+    def _statistics(self, linear: Linear, inputs: Iterable[Tensor], windows: Sequence[int]) -> InputStatistics:
+        """Of inputs window by window; `windows` are the places of these among all that are looked at."""
+        fitted = Moment(linear.in_features, self.ranks)
+        # One bound for both: processes agree on it when each has seen a window, of whichever kind that is.
+        judged = Moment(linear.in_features, self.ranks, fitted.bounded) if self.holds_out else fitted
+        for place, x in zip(windows, inputs, strict=True):
+            (judged if is_held_out(place) else fitted).add(x)
+        found = fitted.statistics(linear.name)
+        if not self.holds_out:
+            return found
+        return replace(found, held_out_II=judged.statistics(linear.name).second_moment_II)
 
 
 class _BlockRun:

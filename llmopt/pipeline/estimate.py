@@ -30,6 +30,10 @@ MOMENT_BYTES = 4 * FLOAT + 6 * DOUBLE
 # A weight while it learns: as a float, its place among the codes, its levels, the dense weight, its gradient, and what
 # a step makes of that.
 LEARNT_BYTES = 7 * FLOAT
+# What a candidate leaves while others are tried: codes, scales and zero points. And the second moment that they are all
+# judged by, once it is made and while that is done.
+TRIED_BYTES = 2
+JUDGED_BYTES = 2 * FLOAT
 # A quantized matrix that is turned into floats: codes less zero points, scales, and their product.
 DENSE_BYTES = 3 * FLOAT
 SCORES = 3  # copies of the scores of one window's attention: as they are, masked, and as weights
@@ -111,6 +115,7 @@ class Work:
     tokens: int | None
     folds: bool
     limit_bytes: int  # of one list of activations; more of it is on the disk
+    candidates: int = 1  # methods that are tried for each linear
     refits: bool = False  # blocks, from the float model's hidden states beside the others
 
     def estimate(self, output_bytes: int) -> Estimate:
@@ -181,7 +186,8 @@ class Work:
         """Linears with the same inputs: fitted as one; some rows at a time where there are no inputs to fit to."""
         if self.tokens is None:
             return max(map(self._rounded_bytes, linears))
-        moment = MOMENT_BYTES * linears[0].in_features ** 2
+        moment_bytes = MOMENT_BYTES + JUDGED_BYTES * (self.candidates > 1)
+        moment = moment_bytes * linears[0].in_features ** 2
         return moment + sum(self._weight_bytes(linear) * linear.weight.count for linear in linears)
 
     def _rounded_bytes(self, linear: Linear) -> int:
@@ -189,7 +195,9 @@ class Work:
         return self._weight_bytes(linear) * count
 
     def _weight_bytes(self, linear: Linear) -> int:
-        return FLOAT if self._scheme_of(linear.weight.name) is None else FITTED_BYTES
+        if self._scheme_of(linear.weight.name) is None:
+            return FLOAT
+        return FITTED_BYTES + TRIED_BYTES * (self.candidates - 1)
 
     def _held(self, tensors: Iterable[TensorSpec]) -> int:
         """Tensors as parts and the journal have them."""

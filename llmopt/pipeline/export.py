@@ -1,20 +1,22 @@
 """A model as an artifact, quantized or not: streamed into its files, and through the reference beside them."""
 
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from llmopt.artifact import Journal, write_json
-from llmopt.model.checkpoint import open_checkpoint
+from llmopt.model.checkpoint import Tensors, open_checkpoint
 from llmopt.model.source import GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.model.turned import TurnedTensors, turned_spec
 from llmopt.pipeline.calibration import Calibration, CalibrationText
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.journal import PartJournal
+from llmopt.pipeline.pace import Pace
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.repair import with_reasons
@@ -26,6 +28,7 @@ from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
+from llmopt.quantize.rotate import Rotate
 from llmopt.report.results import LayerResult
 
 
@@ -43,11 +46,28 @@ class Export:
     format: Format = ONNX
     journal: Journal | None = None  # of a calibrated method: where finished parts are kept
     ranks: Ranks = ALONE
+    turn: int | None = None  # the seed of the rotation of the residual stream; None: it is as stored
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's."""
-        return self.source.spec
+        """The model's, as it is written."""
+        return self.source.spec if self.turn is None else turned_spec(self.source.spec)
+
+    @contextmanager
+    def tensors(self) -> Iterator[Tensors]:
+        """The tensors of `spec`."""
+        with open_checkpoint(self.source) as checkpoint:
+            if self.turn is None:
+                yield checkpoint
+            else:
+                turn_HH = Rotate().of_stream(self.source.spec.hidden_size, self.turn)
+                yield TurnedTensors(checkpoint, self.source.spec, turn_HH)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the method is to be judged on text that it was not fitted to."""
+        return self.method is not None and bool(self.method.candidates)
 
 
 def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerResult, ...], Verification]:
@@ -70,7 +90,8 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
     calibration = None
     if job.calibration is not None:
         windows = job.calibration.windows(job.spec, Tokenizer.from_folder(folder))
-        calibration = Calibration(job.spec, windows, job.ranks, partial(States, limit_bytes(), folder))
+        states = partial(States, limit_bytes(), folder)
+        calibration = Calibration(job.spec, windows, job.ranks, states, holds_out=job.holds_out)
     layers = write_parts(job, folder, references, progress, calibration)
     del calibration  # verification needs the memory
     verification = job.format.verify(folder, references, job.threads, progress)
@@ -91,13 +112,30 @@ def assist(job: Export) -> None:
     torch.set_num_threads(job.threads)
     assert job.calibration is not None
     windows = job.calibration.windows(job.spec, open_tokenizer(job.source))
-    calibration = Calibration(job.spec, windows, job.ranks)
-    with open_checkpoint(job.source) as checkpoint:
-        parts = PartReader(job.spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds)
+    calibration = Calibration(job.spec, windows, job.ranks, holds_out=job.holds_out)
+    with job.tensors() as tensors:
+        parts = part_reader(job, tensors, calibration)
         embedding = parts.embedding()
         for _ in parts.blocks():
             pass
         parts.head(embedding)
+
+
+def part_reader(
+    job: Export, tensors: Tensors, calibration: Calibration | None, journal: PartJournal | None = None
+) -> PartReader:
+    """What quantizes the model, part by part."""
+    return PartReader(
+        job.spec,
+        tensors,
+        job.assignments,
+        job.method,
+        calibration,
+        folds=job.folds,
+        journal=journal,
+        turned=job.turn is not None,
+        pace=job.pace,
+    )
 
 
 def write_parts(
@@ -108,14 +146,14 @@ def write_parts(
     layers: list[LayerResult] = []
     journal = None
     if job.journal is not None and calibration is not None:
-        journal = PartJournal(job.journal, job.assignments, calibration.windows, progress)
+        journal = PartJournal(job.journal, job.assignments, calibration.windows, progress, job.turn)
         journal.announce(spec)
     with (
         closing(job.format.writer(spec, job.assignments, folder)) as writer,
-        open_checkpoint(job.source) as checkpoint,
+        job.tensors() as tensors,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = PartReader(spec, checkpoint, job.assignments, job.method, calibration, folds=job.folds, journal=journal)
+        parts = part_reader(job, tensors, calibration, journal)
         embedding = parts.embedding()
         references.embedding(writer.embedding(embedding.weights))
         layers += embedding.layers

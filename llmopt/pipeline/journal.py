@@ -36,14 +36,22 @@ class Part:
 
 
 class PartJournal:
-    """Parts in a journal, of one choice of schemes and one text in tokens: a budget may take several choices."""
+    """Parts in a journal, of one choice of schemes, one text in tokens and one basis of the residual stream.
+
+    A budget may take several choices; `turn` is the seed of a rotation, None for the basis as stored.
+    """
 
     def __init__(
-        self, journal: Journal, assignments: Mapping[str, Assignment], windows: Sequence[TokenIds], progress: Progress
+        self,
+        journal: Journal,
+        assignments: Mapping[str, Assignment],
+        windows: Sequence[TokenIds],
+        progress: Progress,
+        turn: int | None = None,
     ) -> None:
         self.journal = journal
         self.progress = progress
-        self.choice = _digest(assignments, windows)
+        self.choice = choice_name(assignments, windows) + ("" if turn is None else f"-turn-{turn}")
 
     def read(self, name: str) -> Part | None:
         """A part that was finished; None if it was not, or has to be done again."""
@@ -122,7 +130,8 @@ def part_from_bytes(data: bytes) -> Part:
     return Part(weights, [LayerResult(**layer) for layer in told["layers"]])
 
 
-def _digest(assignments: Mapping[str, Assignment], windows: Sequence[TokenIds]) -> str:
+def choice_name(assignments: Mapping[str, Assignment], windows: Sequence[TokenIds]) -> str:
+    """A short hash of a choice of schemes, with reasons, and of a text in tokens."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(item) for item in assignments.values()]).encode())
     for ids_T in windows:
         digest.update(len(ids_T).to_bytes(8, "little"))

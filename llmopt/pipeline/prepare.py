@@ -1,7 +1,7 @@
 """A request made ready: its model found, its layers given their schemes. Only the plan of a budget reads weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,12 @@ from llmopt import __version__
 from llmopt.artifact import Journal, Manifest, Source
 from llmopt.measure.host import versions
 from llmopt.model.source import ModelSource, open_source
+from llmopt.model.spec import ModelSpec
+from llmopt.model.turned import turned_spec
+from llmopt.pipeline.basis import NOT_TURNED, why_not
 from llmopt.pipeline.calibration import CalibrationText, require_tokens
 from llmopt.pipeline.estimate import Estimate, Work
-from llmopt.pipeline.formats.base import Format
+from llmopt.pipeline.formats.base import Assignments, Format
 from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.mixed import (
     Mix,
@@ -30,6 +33,7 @@ from llmopt.pipeline.request import (
     require_journal,
     require_measurable,
     require_spreadable,
+    require_timely,
 )
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
 from llmopt.pipeline.spill import limit_bytes
@@ -42,6 +46,7 @@ from llmopt.quantize.assign import Assignment, assign
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
 from llmopt.quantize.registry import find_folds, find_method, looks_at_inputs
+from llmopt.quantize.rotate import Rotate
 from llmopt.quantize.rtn import Rtn
 
 MIXED = "mixed"  # the scheme of an artifact in which a budget chose that of every layer
@@ -62,14 +67,20 @@ class Prepared:
     mix: Mix | None = None  # for a request with a budget
     plan: Plan | None = None  # once it was made; the assignments are then its own
     notes: tuple[str, ...] = ()  # about the model
+    rotate: Rotate | None = None  # that is to be tried on the residual stream
     tokens: int | None = None  # that this process calibrates on, for a method that looks at inputs
+
+    @property
+    def largest_spec(self) -> ModelSpec:
+        """What is written, with the product before the head that it may turn out to have."""
+        return self.source.spec if self.rotate is None else turned_spec(self.source.spec)
 
     @property
     def estimated_bytes(self) -> int:
         """What the weights will take on disk; at most, as long as a budget has no plan."""
         if self.plan is None and isinstance(self.request.budget, SizeBudget):
             return self.request.budget.model_bytes
-        return self.format.estimated_bytes(self.source.spec, self.assignments)
+        return self.format.estimated_bytes(self.largest_spec, self.assignments)
 
     def method_of(self, layer: str) -> str:
         """What finds a layer's numbers; a table is never folded, and fitted only where it is the head too."""
@@ -90,13 +101,14 @@ class Prepared:
             ResourceError: they do not.
         """
         work = Work(
-            spec=self.source.spec,
+            spec=self.largest_spec,
             assignments=self.assignments,
             format=self.format,
             tokens=self.tokens,
             folds=bool(self.folds),
             limit_bytes=limit_bytes(),
             refits=self.method.refits_blocks,
+            candidates=max(1, len(self.method.candidates)),
         )
         needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
         needed.require_room(self.request.output)
@@ -111,6 +123,7 @@ class Prepared:
             scheme=request.scheme.name if request.budget is None else MIXED,
             budget=None if request.budget is None else str(request.budget),
             method=request.method,
+            minutes=request.minutes,
             calibration=None if self.calibration is None else self.calibration.entry(),
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
             ignore=request.ignore,
@@ -133,6 +146,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
     require_measurable(request)
     require_journal(request)
     require_spreadable(request, ranks)
+    require_timely(request)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
@@ -143,8 +157,10 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
     calibration = calibration_text(request, method, progress)
     tokenizer, tokens = open_tokenizer(source), None
     if calibration is not None and looks_at_inputs(request.method):
-        tokens = require_tokens(source.spec, calibration.windows(source.spec, tokenizer), ranks) // ranks.size
+        windows, holds_out = calibration.windows(source.spec, tokenizer), bool(method.candidates)
+        tokens = require_tokens(source.spec, windows, ranks, holds_out=holds_out) // ranks.size
     note = unknown_tensors_note(source)
+    rotate, notes = of_stream(folds, source.spec, format_, assignments)
     mix = None
     if request.budget is not None:
         assert calibration is not None
@@ -156,6 +172,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
             groups=fused_groups(source.spec, fixed_layers(source.spec, assignments, request.overrides, request.ignore)),
             fitted=calibration.corpus,
             held_out=held_out,
+            overhead_bytes=overhead_bytes(source.spec if rotate is None else turned_spec(source.spec)),
             method=method.name,
             seed=request.seed,
             threads=request.threads,
@@ -171,9 +188,19 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
         calibration=calibration,
         kernels=ranks.of_first(lambda: measured_on(request.threads)) if kernels == MEASURED else kernels,
         mix=mix,
-        notes=() if note is None else (note,),
+        notes=notes if note is None else (note, *notes),
+        rotate=rotate,
         tokens=tokens,
     )
+
+
+def of_stream(
+    folds: Sequence[Fold], spec: ModelSpec, format_: Format, assignments: Assignments
+) -> tuple[Rotate | None, tuple[str, ...]]:
+    """The fold that is to be tried on the residual stream, if one was asked for; or a note why it is not."""
+    rotate = next((fold for fold in folds if isinstance(fold, Rotate)), None)
+    reason = None if rotate is None else why_not(spec, format_, assignments)
+    return (rotate, ()) if reason is None else (None, (f"{NOT_TURNED}: {reason}",))
 
 
 def with_plan(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> Prepared:

@@ -22,6 +22,7 @@ from llmopt.errors import UsageError
 from llmopt.export.card import Card, card_text
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
+from llmopt.pipeline.basis import Basis
 from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.export import Export, assist, export
 from llmopt.pipeline.formats.onnx import ONNX, Onnx
@@ -33,11 +34,13 @@ from llmopt.pipeline.mixed import (
     outcome_json,
     outcome_note,
 )
+from llmopt.pipeline.pace import Pace, time_notes
 from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.repair import notes_on
 from llmopt.pipeline.request import QuantizeRequest
 from llmopt.pipeline.tuning import Tuning
+from llmopt.pipeline.turning import chosen_basis
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.plan import Plan, solve
 from llmopt.progress import Progress, Silent
@@ -111,34 +114,39 @@ def execute(prepared: Prepared, progress: Progress, ranks: Ranks = ALONE) -> Qua
 
 def write_within_budget(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks) -> QuantizeResult:
     """Write an artifact; under a budget, again with what was learnt, where one was not within it."""
+    pace = Pace(prepared.request.minutes)
     if prepared.mix is None:
-        return write(prepared, kept, progress, ranks)
+        return write(prepared, kept, progress, ranks, pace)
     prepared = with_plan(prepared, progress, ranks)
     for _ in range(ROUNDS - 1):
         try:
-            return write(prepared, kept, progress, ranks)
+            return write(prepared, kept, progress, ranks, pace)
         except ExceededError as exceeded:
             assert prepared.plan is not None
             progress.say(f"{exceeded.what}: once more, with what was learnt")
             plan, correction = prepared.plan, exceeded.correction
             prepared = replanned(prepared, ranks.of_first(partial(solve, plan.problem, plan.budget, correction)))
-    return write(prepared, kept, progress, ranks)
+    return write(prepared, kept, progress, ranks, pace)
 
 
-def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks) -> QuantizeResult:
+def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: Ranks, pace: Pace) -> QuantizeResult:
     """Write an artifact with the schemes that are assigned; finished parts are kept in a journal.
 
     Raises:
         LlmoptError: see `quantize`.
     """
+    needed = prepared.require_room() if ranks.is_first else None
+    basis = ranks.of_first(partial(chosen_basis, prepared, kept, progress))
+    turn = None if basis is None else basis.seed
     tuning = prepared.tuning(kept, progress) if ranks.is_first else None
-    job = _export(prepared, kept, ranks, tuning)
+    job = dataclasses.replace(_export(prepared, kept, ranks, pace, tuning), turn=turn)
     if not ranks.is_first:
         assist(job)
 
     def outcome() -> QuantizeResult | ExceededError:
+        assert needed is not None
         try:
-            return _written(prepared, job, tuning, progress)
+            return _written(prepared, job, needed, progress, basis=basis, tuning=tuning)
         except ExceededError as exceeded:
             return exceeded
 
@@ -148,7 +156,7 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     return found
 
 
-def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, tuning: Tuning | None) -> Export:
+def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, pace: Pace, tuning: Tuning | None) -> Export:
     request = prepared.request
     return Export(
         source=prepared.source,
@@ -161,12 +169,20 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, tuning: Tuni
         format=prepared.format if tuning is None else Onnx(tuning=tuning),
         journal=kept,
         ranks=ranks,
+        pace=pace,
     )
 
 
-def _written(prepared: Prepared, job: Export, tuning: Tuning | None, progress: Progress) -> QuantizeResult:
+def _written(
+    prepared: Prepared,
+    job: Export,
+    needed: Estimate,
+    progress: Progress,
+    *,
+    basis: Basis | None,
+    tuning: Tuning | None,
+) -> QuantizeResult:
     request = prepared.request
-    needed = prepared.require_room()
     progress.say(f"{request.output.name} {needed}")
     with staged(request.output, force=request.force) as folder:
         layers, verification = export(job, folder, progress)
@@ -177,7 +193,9 @@ def _written(prepared: Prepared, job: Export, tuning: Tuning | None, progress: P
         manifest = write_manifest(folder, dataclasses.replace(prepared.manifest(), tuning=chosen))
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
-        report = describe(prepared, size_bytes, layers, verification, loss, tuning=tuning)
+        report = describe(prepared, size_bytes, layers, verification, loss=loss, basis=basis, tuning=tuning)
+        notes = time_notes(job.pace, prepared.source.spec.blocks, layers)
+        report = dataclasses.replace(report, notes=(*report.notes, *notes))
         write_json(folder / REPORT, report.to_json())
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")
@@ -196,8 +214,9 @@ def describe(
     size_bytes: int,
     layers: tuple[LayerResult, ...],
     verification: Verification,
-    loss: HeldOutLoss | None = None,
     *,
+    loss: HeldOutLoss | None = None,
+    basis: Basis | None = None,
     tuning: Tuning | None = None,
 ) -> Report:
     """The report of an artifact that was not benched yet: its size, its layers, and how well the export agrees."""
@@ -216,6 +235,9 @@ def describe(
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:
             notes.append("calibrated on llmopt's own stories: --calib with text like what it will read is better")
+    if basis is not None:
+        settings["basis"] = basis.to_json()
+        notes.append(basis.note)
     if tuning is not None:
         settings["kernels"] = tuning.to_json()
     if prepared.plan is not None and loss is not None:

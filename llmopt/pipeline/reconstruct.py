@@ -16,14 +16,12 @@ from torch import Tensor
 
 from llmopt.engine.blocks import block_forward, embed
 from llmopt.model.spec import Block, Linear
-from llmopt.pipeline.calibration import TINY, Calibration, Weights
+from llmopt.pipeline.calibration import TINY, Calibration, Weights, is_held_out
 from llmopt.pipeline.spill import States
 from llmopt.quantize.execute import round_rows
 from llmopt.quantize.grid import ANY_SCALE, ScaleRule
 from llmopt.quantize.learn import LearnedWeight, Rates
 from llmopt.quantize.weights import QuantizedWeight
-
-HELD_OUT = 8  # every so many windows are not learnt from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +45,8 @@ class Reconstruction:
         self.learning = learning or Learning()
         self.exact = States()  # what the float model's blocks give
         count = len(calibration.windows)
-        self.held_out = range(0, count, HELD_OUT)
-        self.learnt_from = [index for index in range(count) if index not in self.held_out]
+        self.held_out = [index for index in range(count) if is_held_out(index)]
+        self.learnt_from = [index for index in range(count) if not is_held_out(index)]
 
     @torch.inference_mode()
     def embedding(self, floats: Mapping[str, Tensor]) -> None:

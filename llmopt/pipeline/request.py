@@ -15,7 +15,7 @@ from llmopt.precision.budget import Budget
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Override
 from llmopt.quantize.method import Method
-from llmopt.quantize.registry import looks_at_inputs
+from llmopt.quantize.registry import check_minutes, looks_at_inputs
 from llmopt.quantize.scheme import Scheme
 
 
@@ -32,6 +32,7 @@ class QuantizeRequest:
     scheme: Scheme
     budget: Budget | None = None
     method: str = "rtn"
+    minutes: float | None = None  # that quantizing may take, for method auto; None: all that it needs
     calib: str | Path | None = None  # text, or the name of a dataset; None: what comes with llmopt
     calib_tokens: int | None = None
     overrides: tuple[Override, ...] = ()
@@ -98,6 +99,15 @@ def require_spreadable(request: QuantizeRequest, ranks: Ranks) -> None:
             f"method {request.method} reads no text that {ranks.size} processes could divide among them",
             hint="run it without torchrun, or take another method: --method gptq",
         )
+
+
+def require_timely(request: QuantizeRequest) -> None:
+    """See that its method can be done in more time or less, where a request gives some.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    check_minutes(request.minutes, request.method)
 
 
 def calibration_text(request: QuantizeRequest, method: Method, progress: Progress) -> CalibrationText | None:

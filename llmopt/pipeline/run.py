@@ -120,6 +120,7 @@ def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> Quantiz
         scheme=parse_scheme(step.scheme),
         budget=None if step.budget is None else parse_budget(step.budget),
         method=step.method,
+        minutes=step.minutes,
         calib=step.calib,
         calib_tokens=step.calib_tokens,
         overrides=tuple((pattern, parse_scheme(scheme)) for pattern, scheme in step.overrides.items()),

@@ -7,14 +7,14 @@ windows' hidden states between blocks.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmopt.engine.base import TokenIds
-from llmopt.engine.blocks import RotaryTables, block_forward, embed, normalize, plain
+from llmopt.engine.blocks import RotaryTables, block_forward, embed, head_inputs, plain
+from llmopt.model.checkpoint import Tensors
 from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 from llmopt.precision.fisher import Rows, add_information, draw_labels, head_gradient, predicted_loss
 from llmopt.precision.groups import Group
@@ -29,18 +29,6 @@ SEARCH, ROUNDING = Search(clip_steps=5), Rtn(clip_steps=4)
 
 Weights = Mapping[str, Tensor]
 Losses = tuple[float, ...]  # nats a token, of each candidate
-
-
-class Tensors(Protocol):
-    """Where weights come from: a checkpoint."""
-
-    def read(self, tensor: TensorSpec) -> Tensor:
-        """One tensor, float32, in its stored shape."""
-        ...
-
-    def read_rows(self, tensor: TensorSpec, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` (exclusive) of a matrix."""
-        ...
 
 
 @dataclass
@@ -85,11 +73,11 @@ class Sensitivity:
 
     def _head(self, hidden_BTH: Tensor) -> Tensor:
         """The gradient by what leaves the last block; the head's own losses are noted on the way."""
-        head, norms = self.spec.head, self._read(self.spec.final_norm.tensors())
+        head, weights = self.spec.head, self._read(self.spec.tensors_before_head())
         group = self.group_of[head.name]
         bias = self.tensors.read(TensorSpec(f"{head.name}.bias", (head.out_features,))) if head.bias else None
         hidden_BTH = hidden_BTH.detach().requires_grad_()
-        x_BTH = normalize(self.spec.final_norm, norms, hidden_BTH)
+        x_BTH = head_inputs(self.spec, weights, hidden_BTH)
         with torch.no_grad():
             x_NH = x_BTH.flatten(0, 1)
             labels = draw_labels(x_NH, self._head_rows(bias), torch.Generator().manual_seed(self.seed))

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmopt.errors import LlmoptError
 from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, without_dead_outliers
 from llmopt.quantize.int8 import CENTER, LARGEST_SUM, quantize_rows
-from llmopt.quantize.method import InputStatistics, required
+from llmopt.quantize.method import InputStatistics, Method, required
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight, spread
 
@@ -38,6 +38,7 @@ class Gptq:
     rows_are_independent: bool = True
     needs_inputs: bool = True
     refits_blocks: bool = False
+    candidates: tuple[Method, ...] = ()
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32.

@@ -21,11 +21,12 @@ class ScaleRule:
     """What scales may be, which is for the engine to say and not for the scheme.
 
     `signed`: those of symmetric schemes may be negative. `dtype`: what they are stored in; codes are found for scales
-    as they are stored.
+    as they are stored. `widens`: a weight with a scale too large for that is stored with float32 ones.
     """
 
     signed: bool = True
     dtype: torch.dtype = torch.float32
+    widens: bool = False
 
     def stored(self, scales: Tensor) -> Tensor:
         """Scales as they are when they are read again, float32; none is rounded to 0 or to infinity."""
@@ -34,10 +35,12 @@ class ScaleRule:
         limits = torch.finfo(self.dtype)
         # eps * tiny is the smallest number of all, below the normal ones; half of it would be rounded to 0.
         magnitude = scales.abs().clamp(limits.tiny * limits.eps, limits.max)
-        return torch.copysign(magnitude, scales).to(self.dtype).float()
+        stored = torch.copysign(magnitude, scales).to(self.dtype).float()
+        return torch.where(scales.abs() > limits.max, scales, stored) if self.widens else stored
 
 
 ANY_SCALE = ScaleRule()
+HALF_SCALE = ScaleRule(dtype=torch.float16, widens=True)
 
 
 def grouped(weight_OI: Tensor, group_size: int | None) -> Tensor:

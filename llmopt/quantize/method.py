@@ -15,10 +15,12 @@ class InputStatistics:
     """What calibration saw enter a linear: the number of tokens and their second moment, Σ x xᵀ / tokens, [in, in].
 
     A token far larger than the others may have been scaled down, so that it is not all that the sum is made of.
+    `held_out_II` is the same of tokens that are not among these, for methods that ask what is best on such.
     """
 
     tokens: int
     second_moment_II: Tensor
+    held_out_II: Tensor | None = None
 
 
 def required(inputs: InputStatistics | None) -> InputStatistics:
@@ -32,7 +34,8 @@ class Method(Protocol):
 
     `rows_are_independent` promises that quantizing some rows gives the same as quantizing all, so that large tables
     can be done in parts. `needs_inputs` asks for a calibration: without it `quantize` gets no statistics.
-    `refits_blocks` asks for a second look at each block as a whole, once its linears are quantized.
+    `refits_blocks` asks for a second look at each block as a whole, once its linears are quantized. `candidates` asks
+    for text to be held out, on which that one of them is chosen which does the work.
     """
 
     @property
@@ -58,6 +61,11 @@ class Method(Protocol):
     @property
     def refits_blocks(self) -> bool:
         """Whether the linears of a block learn together once each is quantized."""
+        ...
+
+    @property
+    def candidates(self) -> "tuple[Method, ...]":
+        """Methods with independent rows that are tried for each linear, from quick to slow; none: this one is not."""
         ...
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:

@@ -4,6 +4,7 @@ A fold may stand before a method, `smoothquant+gptq`; by itself it is followed b
 """
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ METHODS: Mapping[str, str] = {
     "search": "llmopt.quantize.search:Search",
     "gptq": "llmopt.quantize.gptq:Gptq",
     "reconstruct": "llmopt.quantize.reconstruct:Reconstruct",
+    "auto": "llmopt.quantize.auto:Auto",
 }
 FOLDS: Mapping[str, str] = {
     "awq": "llmopt.quantize.awq:Awq",
@@ -28,6 +30,7 @@ FOLDS: Mapping[str, str] = {
 }
 JOIN = "+"
 BEHIND_A_FOLD = "search"
+TIMED = "auto"
 
 
 def check_method(name: str) -> None:
@@ -37,6 +40,23 @@ def check_method(name: str) -> None:
         UsageError: there is none, or a method stands before another.
     """
     split(name)
+
+
+def check_minutes(minutes: float | None, name: str) -> None:
+    """See that a method can make something of the minutes that it is given, if it is given some.
+
+    Raises:
+        UsageError: it cannot, or there is no such method.
+    """
+    if minutes is None:
+        return
+    if not 0 < minutes < math.inf:
+        raise UsageError(f"{minutes:g} minutes are no time to quantize in", hint="give more than 0, such as 10")
+    if split(name)[1] != TIMED:
+        raise UsageError(
+            f"method {name} does the same in whatever time: only {TIMED} makes do with some minutes",
+            hint=f"method {TIMED}, or leave minutes out",
+        )
 
 
 def find_method(name: str, scales: "ScaleRule | None" = None) -> "Method":

@@ -1,7 +1,8 @@
-"""Rotation: mix the channels of a head, so that none stands out from the others.
+"""Rotation: mix the channels of a head, or of the residual stream, so that none stands out from the others.
 
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (arXiv 2404.00456), section 4: values are
-turned as they are made, and turned back by the product that reads them. Random Hadamard matrices spread a channel
+turned as they are made, and turned back by the product that reads them; and everything around the residual stream is
+turned with it (`llmopt.model.turned`). Random Hadamard matrices spread a channel
 evenly over all; Liu et al. 2024, "SpinQuant: LLM Quantization with Learned Rotations" (arXiv 2405.16406), section 2.2,
 found that some are much better than others, so several are tried.
 """
@@ -18,9 +19,10 @@ from llmopt.quantize.fold import Heads, InputSample, Turning
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate:
-    """Orthogonal matrices for the values of heads; there are none for other inputs."""
+    """Orthogonal matrices for the values of heads, and for the residual stream; there are none for other inputs."""
 
     tries: int = 4
+    stream_tries: int = 2
     name: str = "rotate"
 
     def candidates(self, weight_OI: Tensor, inputs: InputSample, heads: Heads | None) -> Iterator[Turning]:
@@ -30,6 +32,10 @@ class Rotate:
         channels = weight_OI.shape[1] // (heads[0] * heads[1])
         for seed in range(self.tries):
             yield Turning(random_rotation(channels, torch.Generator().manual_seed(seed)))
+
+    def of_stream(self, width: int, seed: int) -> Tensor:
+        """One of the `stream_tries` matrices, [width, width], for the residual stream; the same on every run."""
+        return random_rotation(width, torch.Generator().manual_seed(seed))
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to, without_dead_outliers
 from llmopt.quantize.int8 import quantize_rows
-from llmopt.quantize.method import InputStatistics, required
+from llmopt.quantize.method import InputStatistics, Method, required
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
@@ -25,6 +25,7 @@ class Search:
     rows_are_independent: bool = True
     needs_inputs: bool = True
     refits_blocks: bool = False
+    candidates: tuple[Method, ...] = ()
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """Quantize one weight, [out, in] float32."""

@@ -18,6 +18,7 @@ class Vocabulary:
     """Words that a recipe uses and rooms above this one define: each raises UsageError for what is none."""
 
     check_method: Callable[[str], object]
+    check_minutes: Callable[[float, str], object]
     parse_gate: Callable[[str], object]
     parse_budget: Callable[[str], object]
 
@@ -45,6 +46,15 @@ def _known_method(name: str, info: ValidationInfo) -> str:
     except UsageError as error:
         raise _refused(error) from error
     return name
+
+
+def _usable_minutes(minutes: float | None, info: ValidationInfo) -> float | None:
+    try:
+        if minutes is not None and "method" in info.data:  # else that is the mistake
+            _vocabulary(info).check_minutes(minutes, info.data["method"])
+    except UsageError as error:
+        raise _refused(error) from error
+    return minutes
 
 
 def _known_gate(expression: str, info: ValidationInfo) -> str:
@@ -102,7 +112,10 @@ class QuantizeStep(_Section):
     budget: Annotated[str, AfterValidator(_known_budget)] | None = None
     """Choose each layer's scheme within 92MB, 4.5bits or '+2% perplexity'. null: every layer gets `scheme`."""
     method: Annotated[str, AfterValidator(_known_method)] = "rtn"
-    """How the numbers are found: rtn, search, gptq; awq or smoothquant may stand before, as in smoothquant+gptq."""
+    """How the numbers are found: rtn, search, gptq, reconstruct or auto; awq, smoothquant or rotate may stand before,
+    as in smoothquant+gptq."""
+    minutes: Annotated[float | None, AfterValidator(_usable_minutes)] = None
+    """How long quantizing by auto may take, which decides what layers get. null: all that it needs."""
     calib: str | None = None
     """Text for a budget and methods that look at inputs: a file, relative to the recipe, or a Hugging Face dataset such
     as Salesforce/wikitext:wikitext-2-raw-v1:train. null: llmopt's own stories."""

@@ -86,6 +86,8 @@ class LayerResult:
     method: str | None
     reason: str | None = None
     relative_error: float | None = None  # ‖W - Ŵ‖ / ‖W‖, Frobenius
+    # By method, where several were tried: ‖(W - Ŵ) x‖ / ‖W x‖ of tokens that were not fitted to.
+    held_out_errors: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The form that a report holds."""
@@ -95,6 +97,7 @@ class LayerResult:
             "method": self.method,
             "reason": self.reason,
             "relative_error": self.relative_error,
+            "held_out_errors": self.held_out_errors,
         }
 
 

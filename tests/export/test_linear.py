@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmopt.export.onnx.graph import Graph
 from llmopt.export.onnx.linear import Product, emit, emit_together, stacked
+from llmopt.quantize.grid import ANY_SCALE, HALF_SCALE, ScaleRule
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight
@@ -53,6 +54,22 @@ def run(graph: Graph, *outputs: str) -> list[Array]:
 def test_a_linear_is_x_times_its_weight_plus_its_bias(tmp_path: Path, scheme: str | None, bias: bool) -> None:
     graph, linear = new_graph(tmp_path), product("up", scheme, bias=bias)
     (y,) = run(graph, emit(graph, "x", linear))
+    assert relative_error(y, expected(linear)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("rule", "largest", "stored"),
+    [(HALF_SCALE, 1.0, TensorProto.FLOAT16), (HALF_SCALE, 1e8, TensorProto.FLOAT), (ANY_SCALE, 1.0, TensorProto.FLOAT)],
+)
+def test_scales_take_two_bytes_where_that_loses_nothing(
+    tmp_path: Path, rule: ScaleRule, largest: float, stored: int
+) -> None:
+    weight = random(20, 72, seed=0)
+    weight[3, 5] = largest
+    linear = Product("up", Rtn(scales=rule).quantize(weight, parse_scheme("w4a16")))
+    graph = new_graph(tmp_path)
+    (y,) = run(graph, emit(graph, "x", linear))
+    assert graph.tensors["up.scales"].data_type == stored
     assert relative_error(y, expected(linear)) < 2e-6
 
 

@@ -159,10 +159,10 @@ def test_a_tied_head_is_listed_and_stores_nothing() -> None:
 @pytest.mark.parametrize(
     ("scheme", "size"),
     [
-        ("w8a16-g32-sym", 5 * (64 + 2 * 4)),
-        ("w4a16-g32-asym", 5 * (32 + 2 * 4 + 1)),
-        ("w4a16-g64-sym", 5 * (32 + 4)),  # the last group is padded
-        ("w8a16-channel-sym", 5 * (48 + 3 * 4)),  # the scale of a row, once for each block of 16
+        ("w8a16-g32-sym", 5 * (64 + 2 * 2)),
+        ("w4a16-g32-asym", 5 * (32 + 2 * 2 + 1)),
+        ("w4a16-g64-sym", 5 * (32 + 2)),  # the last group is padded
+        ("w8a16-channel-sym", 5 * (48 + 3 * 2)),  # the scale of a row, once for each block of 16
         ("w8a8", 5 * (48 + 4 + 4)),  # a scale and a sum for each row
     ],
 )
@@ -171,7 +171,7 @@ def test_a_stored_weight_has_codes_scales_and_zero_points(scheme: str, size: int
 
 
 def test_zero_points_of_4_bits_fill_whole_bytes_in_each_row() -> None:
-    assert storage.stored_bytes(5, 96, parse_scheme("w4a16-g32-asym")) == 5 * (48 + 3 * 4 + 2)
+    assert storage.stored_bytes(5, 96, parse_scheme("w4a16-g32-asym")) == 5 * (48 + 3 * 2 + 2)
 
 
 def test_a_quantized_model_keeps_norms_and_rotary_tables_in_float32() -> None:

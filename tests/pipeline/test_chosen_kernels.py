@@ -137,9 +137,7 @@ def test_pieces_are_not_tried_where_they_are_not_asked_for(
     ("more", "told"),
     [({"kernels": "fast"}, "no 'fast' kernels"), ({"kernels": "measured", "format": "hf"}, "names no kernels")],
 )
-def test_what_cannot_be_chosen_is_refused(
-    more: dict[str, object], told: str, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_chosen_is_refused(more: dict[str, object], told: str, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=told):
         quantized(tiny_llama, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()

@@ -39,10 +39,10 @@ def spec(tiny_llama):
     return open_source(str(tiny_llama)).spec
 
 
-def estimated(spec, *, tokens=None, folds=False, format_="onnx", limit=sys.maxsize):
+def estimated(spec, *, tokens=None, folds=False, format_="onnx", limit=sys.maxsize, **more):
     found = FORMATS[format_]
     assignments = assign(spec, parse_scheme("w4a16"), (), (), found.tables)
-    work = Work(spec=spec, assignments=assignments, format=found, tokens=tokens, folds=folds, limit_bytes=limit)
+    work = Work(spec=spec, assignments=assignments, format=found, tokens=tokens, folds=folds, limit_bytes=limit, **more)
     return work.estimate(output_bytes=0)
 
 
@@ -87,6 +87,15 @@ def test_what_folds_leave_is_kept_beside_what_is_quantized(spec):
     plain, folded = (estimated(spec, tokens=4096, folds=folds) for folds in (False, True))
     block = 4 * sum(tensor.count for tensor in spec.blocks[0].tensors())
     assert folded.steps["a block"] - plain.steps["a block"] == block
+
+
+def test_methods_that_are_tried_beside_each_other_leave_codes_and_need_what_judges_them(spec):
+    one, three = (estimated(spec, tokens=4096, candidates=count).steps["a block"] for count in (1, 3))
+    mlp = spec.blocks[0].mlp
+    groups = [
+        (linears[0].in_features, sum(one.weight.count for one in linears)) for linears in (mlp.inputs, [mlp.down])
+    ]
+    assert three - one in [8 * width**2 + 4 * count for width, count in groups]
 
 
 def test_a_large_vocabulary_is_a_large_table(spec):

@@ -21,6 +21,7 @@ from llmopt.model.source import open_source
 from llmopt.pipeline.export import Export, export, rounds_activations
 from llmopt.pipeline.formats.onnx import estimated_bytes
 from llmopt.progress import Silent
+from llmopt.quantize.grid import HALF_SCALE
 from llmopt.quantize.rtn import Rtn
 from tests.decoders import assignments
 
@@ -33,7 +34,7 @@ def job_for(model: Path, scheme: str | None) -> Export:
     return Export(
         source=source,
         assignments=assignments(source.spec, lambda name: scheme),
-        method=None if scheme is None else Rtn(),
+        method=None if scheme is None else Rtn(scales=HALF_SCALE),
         seed=0,
         threads=1,
     )

@@ -124,7 +124,7 @@ def test_a_damaged_part_is_made_again_and_that_is_said(tmp_path: Path) -> None:
     assert file.read_bytes() != bytes(data)
 
 
-def test_other_schemes_and_other_text_do_not_take_each_others_parts(tmp_path: Path) -> None:
+def test_other_schemes_other_text_and_other_bases_do_not_take_each_others_parts(tmp_path: Path) -> None:
     model = Model("llama", "w4a16", tmp_path)
     model.read()
     model.assignments = assignments(model.spec, lambda name: "w8a16")
@@ -134,7 +134,8 @@ def test_other_schemes_and_other_text_do_not_take_each_others_parts(tmp_path: Pa
         PartJournal(model.journal, model.assignments, windows, model.heard).choice
         for windows in (WINDOWS, WINDOWS[:2], [WINDOWS[0], *WINDOWS[2:]])
     }
-    assert len(choices) == 3
+    turned = {PartJournal(model.journal, model.assignments, WINDOWS, model.heard, turn).choice for turn in (0, 1)}
+    assert len(choices | turned) == 5
 
 
 def test_a_journal_is_of_one_manifest_one_number_of_threads_and_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,11 @@ from torch import Tensor
 from llmopt.model.spec import ModelSpec, TensorSpec
 from llmopt.pipeline import parts as parts_module
 from llmopt.pipeline.parts import Part, PartReader
+from llmopt.quantize.grid import ScaleRule
 from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme, parse_scheme
+from llmopt.quantize.search import Search
 from llmopt.quantize.weights import QuantizedWeight
 from tests.decoders import SchemeOf, assignments
 from tests.families import CASES, Saved, random_weights, spec_of
@@ -62,6 +64,15 @@ def test_every_linear_and_the_embedding_are_reported_once_and_in_order(case: str
     names = [found.spec.embedding.name, *(linear.name for linear in found.spec.linears())]
     assert [layer.name for layer in layers] == names
     assert {(layer.scheme, layer.method) for layer in layers} == {("w4a16-g32-asym", "rtn")}
+
+
+def test_a_table_that_is_rounded_instead_has_scales_as_the_method_may_have_them() -> None:
+    found = model("llama")
+    method = Search(scales=ScaleRule(dtype=torch.bfloat16))
+    table = PartReader(found.spec, found.saved, assignments(found.spec, lambda name: "w4a16"), method).embedding()
+    weight = table.weights[f"{found.spec.embedding.name}.weight"]
+    assert isinstance(weight, QuantizedWeight)
+    assert torch.equal(weight.scales_OG, weight.scales_OG.bfloat16().float())
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2"])

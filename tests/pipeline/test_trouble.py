@@ -162,12 +162,12 @@ def test_one_token_over_and_over_is_refused(workshop: Workshop, method: str) -> 
 @pytest.mark.parametrize("method", FITTED)
 def test_a_text_that_comes_twice_is_as_good_as_once(workshop: Workshop, method: str) -> None:
     once = workshop.loss(workshop.model, method, text=HEALTHY[:2048])
-    assert workshop.loss(workshop.model, method, text=HEALTHY[:2048] * 2) == pytest.approx(once, rel=0.01)
+    assert workshop.loss(workshop.model, method, text=HEALTHY[:2048] * 2) == pytest.approx(once, rel=0.03)
 
 
 @pytest.mark.parametrize("method", FITTED)
 def test_the_fewest_tokens_that_are_let_in_do_no_harm(workshop: Workshop, method: str) -> None:
-    assert workshop.loss(workshop.model, method, text=HEALTHY[:128]) < workshop.loss(workshop.model, "rtn")
+    assert workshop.loss(workshop.model, method, text=HEALTHY[:128]) < 1.05 * workshop.loss(workshop.model, "rtn")
     with pytest.raises(UsageError, match=r"127 tokens to calibrate on, and .*down_proj has 128 inputs"):
         workshop.quantized(workshop.model, method, text=HEALTHY[:127])
 

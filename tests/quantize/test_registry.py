@@ -11,7 +11,7 @@ from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.registry import METHODS, check_method, find_method
 from llmopt.quantize.scheme import parse_scheme
 
-KNOWN = "known here: rtn, search, gptq, reconstruct, awq, rotate, smoothquant"
+KNOWN = "known here: rtn, search, gptq, reconstruct, auto, awq, rotate, smoothquant"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -19,14 +19,14 @@ def test_a_method_is_found_by_the_name_that_it_goes_by(name: str) -> None:
     check_method(name)
     method = find_method(name)
     assert method.name == ("gptq" if name == "reconstruct" else name)  # a start, from which blocks go on
-    assert method.refits_blocks == (name == "reconstruct")
-    assert isinstance(method.rows_are_independent, bool)
+    assert method.refits_blocks == (name in {"reconstruct", "auto"})
+    assert method.rows_are_independent == (not method.candidates)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_quantizes(name: str) -> None:
     weight_OI = torch.randn((8, 64), generator=torch.Generator().manual_seed(0))
-    inputs = InputStatistics(tokens=1, second_moment_II=torch.eye(weight_OI.shape[1]))
+    inputs = InputStatistics(tokens=1, second_moment_II=torch.eye(64), held_out_II=torch.eye(64))
     quantized = find_method(name).quantize(weight_OI, parse_scheme("w8a16"), inputs)
     assert quantized.relative_error(weight_OI) < 0.01
 

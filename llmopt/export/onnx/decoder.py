@@ -120,6 +120,8 @@ class DecoderGraph:
             batch_dims=1,
         )
         graph.like = x
+        if self.spec.before_head is not None:
+            x = emit(graph, x, product(self.spec.before_head, weights))
         head = replace(product(self.spec.head, weights), every_token=False)
         tied = self.spec.tied
         logits = emit_tied_head(graph, x, head, self.table) if tied else emit(graph, x, head)

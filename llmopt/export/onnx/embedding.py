@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmopt.export.onnx.graph import MICROSOFT, Graph
 from llmopt.export.onnx.int8 import int8_product, write_columns
-from llmopt.export.onnx.linear import Product, add_bias, chosen_kernel, matmul_nbits, write_blocks
+from llmopt.export.onnx.linear import Product, add_bias, chosen_kernel, float_scales, matmul_nbits, write_blocks
 from llmopt.model.spec import Embedding
 from llmopt.quantize.weights import QuantizedWeight
 
@@ -28,7 +28,7 @@ def gather_blocks(graph: Graph, embedding: Embedding, table: QuantizedWeight) ->
     codes, scales, zeros = write_blocks(graph, embedding.name, table, size)
     blocks = -(-columns // size)
     flat = graph.alias(f"{embedding.name}.rows", codes, [rows, blocks * size * table.scheme.bits // 8])
-    inputs = [flat, "input_ids", scales, *([zeros] if zeros else [])]
+    inputs = [flat, "input_ids", float_scales(graph, scales, embedding.name), *([zeros] if zeros else [])]
     hidden = graph.node(
         "GatherBlockQuantized",
         inputs,
@@ -64,4 +64,5 @@ def emit_tied_head(graph: Graph, x: str, head: Product, tensors: tuple[str, ...]
         return add_bias(graph, logits, head)
     if head.weight.scheme.activation_bits == 8:
         return add_bias(graph, int8_product(graph, x, head.name, tensors), head)
-    return matmul_nbits(graph, x, head, head.weight, tensors)
+    codes, scales, zeros = tensors
+    return matmul_nbits(graph, x, head, head.weight, (codes, scales, zeros))

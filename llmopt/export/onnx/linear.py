@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from llmopt.export.onnx.graph import MICROSOFT, Graph
@@ -68,20 +70,32 @@ def add_bias(graph: Graph, y: str, product: Product) -> str:
 
 
 def write_blocks(graph: Graph, name: str, weight: QuantizedWeight, size: int) -> tuple[str, str, str | None]:
-    """Write the codes, scales and zero points of a weight in blocks of `size`; gives their names."""
-    zeros = block_zero_points(weight, size)
+    """Write the codes, scales and zero points of a weight in blocks of `size`; gives their names.
+
+    Scales that lose nothing by it are stored in half precision: the rest would be half a bit a weight in groups of 32.
+    """
+    scales, zeros = block_scales(weight, size), block_zero_points(weight, size)
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
     return (
         graph.tensor(f"{name}.codes", pack_codes(weight, size)),
-        graph.tensor(f"{name}.scales", block_scales(weight, size)),
+        graph.tensor(f"{name}.scales", half if np.array_equal(half, scales) else scales),
         None if zeros is None else graph.tensor(f"{name}.zero_points", zeros),
     )
+
+
+def float_scales(graph: Graph, scales: str, reader: str) -> str:
+    """Scales as kernels of float32 activations read them; onnxruntime converts them once, when it opens the graph."""
+    if graph.tensors[scales].data_type == TensorProto.FLOAT:
+        return scales
+    return graph.node("Cast", [scales], f"{reader}/scales", to=TensorProto.FLOAT)
 
 
 def emit_blocks(graph: Graph, x: str, product: Product, weight: QuantizedWeight) -> str:
     """MatMulNBits: weights unpacked block by block inside the kernel."""
     kernel = chosen_kernel(graph, weight, every_token=product.every_token)
     codes, scales, zeros = write_blocks(graph, product.name, weight, kernel.block_size)
-    return matmul_nbits(graph, x, product, weight, [codes, scales, zeros or ""])
+    return matmul_nbits(graph, x, product, weight, (codes, scales, zeros or ""))
 
 
 def chosen_kernel(graph: Graph, weight: QuantizedWeight, *, every_token: bool) -> Kernel:
@@ -89,10 +103,11 @@ def chosen_kernel(graph: Graph, weight: QuantizedWeight, *, every_token: bool) -
     return graph.choose(Shape.of(weight, every_token=every_token))
 
 
-def matmul_nbits(graph: Graph, x: str, product: Product, weight: QuantizedWeight, tensors: Sequence[str]) -> str:
+def matmul_nbits(graph: Graph, x: str, product: Product, weight: QuantizedWeight, tensors: tuple[str, str, str]) -> str:
     """The node alone, over tensors that are written already."""
     kernel = chosen_kernel(graph, weight, every_token=product.every_token)
-    inputs = [x, *tensors]
+    codes, scales, zeros = tensors
+    inputs = [x, codes, float_scales(graph, scales, product.name), zeros]
     if product.bias is not None:
         # Inputs: A, B, scales, zero_points, g_idx, bias. g_idx would send the kernel to its slow path.
         inputs += ["", graph.tensor(f"{product.name}.bias", product.bias.numpy())]

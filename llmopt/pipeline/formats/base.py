@@ -63,6 +63,11 @@ class Format(Protocol):
         """How activations are rounded where a scheme says so."""
         ...
 
+    @property
+    def before_head(self) -> bool:
+        """Whether it can hold a product before the head, which no model has as it is published."""
+        ...
+
     def scales(self, spec: ModelSpec) -> ScaleRule:
         """What scales of weights may be."""
         ...

@@ -42,6 +42,7 @@ class GptqFormat:
     engine: str = "GPTQModel or vLLM"
     tables: TableRule = FLOAT_TABLES
     rounding: Rounding = round_rows  # of no use: no scheme here rounds activations
+    before_head: bool = False
 
     def scales(self, spec: ModelSpec) -> ScaleRule:
         """Positive, and float16."""

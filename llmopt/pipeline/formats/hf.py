@@ -54,6 +54,7 @@ class Hf:
     engine: str = "transformers"
     tables: TableRule = FLOAT_TABLES
     rounding: Rounding = round_rows_symmetric
+    before_head: bool = False
 
     def scales(self, spec: ModelSpec) -> ScaleRule:
         """Positive, and in the model's dtype."""

@@ -26,7 +26,7 @@ from llmopt.pipeline.verify import References, Verification, verify
 from llmopt.progress import Progress
 from llmopt.quantize.assign import EIGHT_BITS, TableRule
 from llmopt.quantize.execute import Rounding, round_rows
-from llmopt.quantize.grid import ANY_SCALE, ScaleRule
+from llmopt.quantize.grid import HALF_SCALE, ScaleRule
 
 FLOAT_BYTES = 4
 BLOCK_NODES = 24  # about as many nodes of a graph are a block
@@ -42,10 +42,11 @@ class Onnx:
     engine: str = "onnxruntime"
     tables: TableRule = EIGHT_BITS
     rounding: Rounding = round_rows
+    before_head: bool = True
 
     def scales(self, spec: ModelSpec) -> ScaleRule:
-        """Any: kernels take signed ones."""
-        return ANY_SCALE
+        """Signed, which kernels take, and in half precision, as they are stored."""
+        return HALF_SCALE
 
     def check(self, spec: ModelSpec) -> None:
         """See that attention's kernel takes such heads."""
