@@ -18,6 +18,7 @@ from llmopt.export.onnx.graph import MICROSOFT, Graph
 from llmopt.export.onnx.kernels import Choose, default_kernel
 from llmopt.export.onnx.linear import emit
 from llmopt.export.onnx.norm import emit_norm, emit_sum_and_norm
+from llmopt.export.onnx.one_token import add_short_ways
 from llmopt.export.onnx.positions import Positions
 from llmopt.export.onnx.weights import Weights, as_float, product
 from llmopt.model.spec import Block, Mlp, ModelSpec, Norm
@@ -136,6 +137,7 @@ class DecoderGraph:
         for index in range(len(self.spec.blocks)):
             for kind in ("key", "value"):
                 self.graph.output(f"present.{index}.{kind}", TensorProto.FLOAT, cache)
+        add_short_ways(self.graph)
         return self.graph.save(version)
 
     def close(self) -> None:

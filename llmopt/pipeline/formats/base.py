@@ -92,7 +92,9 @@ class Format(Protocol):
         """What the weights take on disk, before any is read."""
         ...
 
-    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+    def verification_bytes(
+        self, spec: ModelSpec, assignments: Assignments, output_bytes: int, logits_bytes: int
+    ) -> int:
         """What `verify` takes of memory, where model files and the reference's logits take so much."""
         ...
 

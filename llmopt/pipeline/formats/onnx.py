@@ -13,10 +13,11 @@ from llmopt.export.onnx.attention import require_heads
 from llmopt.export.onnx.decoder import DecoderGraph
 from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.export.onnx.kernels import default_kernel
+from llmopt.export.onnx.one_token import LARGEST_BYTES
 from llmopt.model.json_file import read_object
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import CONFIG, ModelSource
-from llmopt.model.spec import Block, ModelSpec
+from llmopt.model.spec import Block, Linear, ModelSpec
 from llmopt.model.storage import quantized_bytes
 from llmopt.pipeline.calibration import Weights
 from llmopt.pipeline.formats.base import Assignments
@@ -59,11 +60,17 @@ class Onnx:
         """See `estimated_bytes`."""
         return estimated_bytes(spec, assignments)
 
-    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
-        """A segment's blocks as floats, in its graph and as kernels have them; or the graph as it ships, and logits."""
+    def verification_bytes(
+        self, spec: ModelSpec, assignments: Assignments, output_bytes: int, logits_bytes: int
+    ) -> int:
+        """A segment's blocks as floats, in its graph and as kernels have them; or the graph as it ships, and logits.
+
+        In that, integer products that are small have their weights twice.
+        """
         block = FLOAT_BYTES * max(sum(tensor.count for tensor in block.tensors()) for block in spec.blocks)
         segment = math.ceil(SEGMENT_NODES / BLOCK_NODES) * block
-        return max(2 * segment, output_bytes + NODES_BYTES * len(spec.blocks) + logits_bytes)
+        twice = sum(linear.weight.count for linear in spec.linears() if _has_short_way(linear, assignments))
+        return max(2 * segment, output_bytes + twice + NODES_BYTES * len(spec.blocks) + logits_bytes)
 
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """The model's own config, and that of onnxruntime-genai where it knows the family."""
@@ -121,6 +128,11 @@ class GraphWriter:
     def close(self) -> None:
         """See `Writer`."""
         self.graph.close()
+
+
+def _has_short_way(linear: Linear, assignments: Assignments) -> bool:
+    scheme = assignments[linear.name].scheme
+    return scheme is not None and scheme.activation_bits == 8 and linear.weight.count <= LARGEST_BYTES
 
 
 def prefill_name(spec: ModelSpec, assignments: Assignments) -> str:
