@@ -64,6 +64,8 @@ class Manifest:
     calibration: Mapping[str, str | int] | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
+    tolerance: float | None = None
+    keep_fp32: tuple[str, ...] = ()
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
