@@ -3,8 +3,8 @@
 Each function takes only the weights that it needs (as read from a checkpoint, by name), so that a model can run with
 one block in memory. How a linear is applied is the caller's choice: quantized execution is another `Apply`.
 
-Weights may be float32 or, in mixed precision, some of them 16 bits (see `in_own_dtype`): norms compute in float32 and give
-the dtype of what they read, or float32 if their weight is; sums and products have the wider dtype of their two sides.
+Weights may be float32 or, in mixed precision, some of them 16 bits (see `in_own_dtype`): norms compute in float32 and
+give the dtype of what they read, or float32 if their weight is; sums and products have the wider dtype of their sides.
 
 Axes: B batch, T tokens, S tokens seen (past and new), H hidden, N heads, K key-value heads, D channels of a head,
 R rotated pairs, V vocabulary.

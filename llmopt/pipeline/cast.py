@@ -19,12 +19,13 @@ from llmopt.artifact import (
     write_manifest,
 )
 from llmopt.export.card import Card, card_text
+from llmopt.export.opening import CAST
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import GENERATION_CONFIG
 from llmopt.pipeline.cast_check import CastReferences
-from llmopt.pipeline.cast_request import METHOD, CastRequest, PreparedCast, prepare_cast
+from llmopt.pipeline.cast_request import CastRequest, PreparedCast, prepare_cast
 from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.parts import PartReader
@@ -175,7 +176,7 @@ def describe_cast(prepared: PreparedCast, plan: CastPlan, size_bytes: int, verif
         name=request.output.name,
         engine=prepared.format.engine,
         scheme=request.dtype,
-        method=METHOD,
+        method=CAST,
         metrics={"size_bytes": Measurement(value=size_bytes, n=1, unit="bytes")},
         layers=plan.layers(),
     )

@@ -1,7 +1,7 @@
 """Does a cast artifact compute what its plan says? As for quantized ones, there are two checks.
 
-In float32, over the stored weights, it must agree with torch to rounding. As it ships, activations are rounded to 16 bits
-in between, and its error may be that of the same rounding in torch, within a factor.
+In float32, over the stored weights, it must agree with torch to rounding. As it ships, activations are rounded to 16
+bits in between, and its error may be that of the same rounding in torch, within a factor.
 """
 
 from torch import Tensor

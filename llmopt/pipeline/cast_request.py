@@ -9,6 +9,7 @@ from llmopt.artifact import Manifest, Resume
 from llmopt.calibrate.load import TO_FIT, load_text
 from llmopt.calibrate.text import built_in
 from llmopt.engine.base import TokenIds
+from llmopt.export.opening import CAST
 from llmopt.measure.host import versions
 from llmopt.model.source import ModelSource, open_source
 from llmopt.pipeline.calibration import WINDOW, CalibrationText
@@ -18,17 +19,17 @@ from llmopt.pipeline.formats.cast import CastFormat, find_cast_format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.prepare import source_entry
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
-from llmopt.precision.cast import TOLERANCE, CastPlan, check_tolerance, find_dtype, require_patterns
+from llmopt.precision.cast import CastPlan, require_patterns
+from llmopt.precision.short import TOLERANCE, check_dtype, check_tolerance
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 
-METHOD = "cast"
 SCANNED_TOKENS = 8 * WINDOW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CastRequest:
-    """What to cast, to what, and where to. `dtype` is `fp16` or `bf16`; `tolerance` bounds a module's relative error."""
+    """What to cast to what, and where to: `dtype` is `fp16` or `bf16`, `tolerance` bounds a module's relative error."""
 
     model: str
     output: Path
@@ -90,7 +91,7 @@ class PreparedCast:
             source=source_entry(self.source),
             format=self.format.name,
             scheme=request.dtype,
-            method=METHOD,
+            method=CAST,
             calibration=self.calibration.entry(),
             tolerance=request.tolerance,
             keep_fp32=request.keep_fp32,
@@ -108,7 +109,7 @@ def prepare_cast(request: CastRequest, progress: Progress) -> PreparedCast:
     """
     refuse_artifact(request.model)
     format_ = find_cast_format(request.format)
-    find_dtype(request.dtype)
+    check_dtype(request.dtype)
     check_tolerance(request.tolerance)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress

@@ -6,6 +6,7 @@ float32 and once with everything in 16 bits, so that what it would lose is measu
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -51,7 +52,7 @@ class _Watched:
             self.weights,
             largest_input=self.largest_input,
             largest_output=self.largest_output,
-            error=error if error == error else float("inf"),
+            error=math.inf if math.isnan(error) else error,
         )
 
 
@@ -108,18 +109,16 @@ class Scan:
         for norm in block.norms():
             self._watch_weights(norm.name, weights)
         after_attention = after_mlp = 0.0
-        for index, hidden in enumerate(self.hidden):
-            x = self._normed(block.attention_norm, weights, hidden)
-            turn = tables.turn(block, 0, hidden.shape[1])
-            hidden = hidden + self._post(
-                block.attention_post_norm, weights, attend(block.attention, weights, x, turn, apply=apply)
-            )
-            after_attention = max(after_attention, _largest(hidden))
-            x = self._normed(block.mlp_norm, weights, hidden)
-            hidden = hidden + self._post(block.mlp_post_norm, weights, feed_forward(block.mlp, x, apply))
-            after_mlp = max(after_mlp, _largest(hidden))
-            require_finite(hidden, f"behind block {block.index}")
-            self.hidden[index] = hidden
+        for index, entering in enumerate(self.hidden):
+            x = self._normed(block.attention_norm, weights, entering)
+            branch = attend(block.attention, weights, x, tables.turn(block, 0, x.shape[1]), apply=apply)
+            between = entering + self._post(block.attention_post_norm, weights, branch)
+            branch = feed_forward(block.mlp, self._normed(block.mlp_norm, weights, between), apply)
+            leaving = between + self._post(block.mlp_post_norm, weights, branch)
+            require_finite(leaving, f"behind block {block.index}")
+            after_attention = max(after_attention, _largest(between))
+            after_mlp = max(after_mlp, _largest(leaving))
+            self.hidden[index] = leaving
         return after_attention, after_mlp
 
     def _head(self, weights: Weights) -> None:

@@ -1,9 +1,9 @@
 """Which modules of a model may have 16 bits, and which stay float32: from the ranges that calibration text showed.
 
-Every value is in the dtype of what writes it: a linear casts what it reads and gives its own dtype, a norm gives what it
-reads or, if it is float32 itself, that; sums and products are as wide as the wider of their sides. So where something
-overflows, what writes it stays float32, and what reads it too; and behind the first float32 that is added to the
-residual stream, that is float32 to the end.
+Every value is in the dtype of what writes it: a linear casts what it reads and gives its own dtype, a norm gives what
+it reads or, if it is float32 itself, that; sums and products are as wide as the wider of their sides. So where
+something overflows, what writes it stays float32, and what reads it too; and behind the first float32 that is added to
+the residual stream, that is float32 to the end.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,36 +14,14 @@ from torch import Tensor
 
 from llmopt.errors import UsageError, near_match
 from llmopt.model.spec import Block, ModelSpec
+from llmopt.precision.short import BF16, FP16, FP32, TOLERANCE
 from llmopt.quantize.assign import matches
 from llmopt.report.results import LayerResult
 
-FP32 = "fp32"
-DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
-TOLERANCE = 0.01  # of the relative error of what a module gives
+DTYPES: Mapping[str, torch.dtype] = {FP16: torch.float16, BF16: torch.bfloat16}
 MARGIN = 2.0  # text that was not read may have activations that are so much larger
 CHUNK_WEIGHTS = 1 << 22  # that are looked at together: a table is large
 UNDERFLOW_SHARE = 0.01  # of weights that may become zero
-
-
-def find_dtype(name: str) -> torch.dtype:
-    """The dtype that people name.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    if name not in DTYPES:
-        raise UsageError(f"there is no dtype {name!r} to cast to", hint=f"--dtype {' or '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def check_tolerance(tolerance: float) -> None:
-    """See that some error is allowed, and not any.
-
-    Raises:
-        UsageError: it is not so.
-    """
-    if not 0 < tolerance < 1:
-        raise UsageError(f"a tolerance of {tolerance:g} is no share of 1", hint="--tolerance 0.01")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

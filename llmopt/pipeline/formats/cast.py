@@ -31,9 +31,7 @@ from llmopt.precision.cast import DTYPES, CastPlan
 from llmopt.progress import Progress
 
 SHORT_BYTES = 2
-WIDENED = (
-    3  # times the size of its files: as onnxruntime has a graph of float16 where there are kernels of float32 alone
-)
+WIDENED = 3  # times the size of its files is what onnxruntime takes, where all kernels are of float32
 WORDS = {"fp16": "float16", "bf16": "bfloat16"}  # as configs of transformers have them
 
 
