@@ -13,7 +13,7 @@ FACTOR = 400.0  # one channel reaches 3e2 behind the first block without it; flo
 
 
 def plant_overflow(folder: Path) -> Path:
-    """Write the model into `folder`: all that is added to the stream is larger by a factor, which every norm removes."""
+    """Write the model into `folder`: what is added to the stream is larger by a factor, which norms remove."""
     source = open_source("demo")
     spec = source.spec
     with open_checkpoint(source) as checkpoint:

@@ -131,7 +131,7 @@ def see_weight(weight: Tensor, dtype: torch.dtype) -> Seen:
     """What 16 bits do to some weights."""
     largest = squared = squared_error = 0.0
     nonzero = lost = 0
-    for some in weight.flatten().split(CHUNK_WEIGHTS):
+    for some in torch.split(weight.flatten(), CHUNK_WEIGHTS):
         rounded = some.to(dtype).float()
         largest = max(largest, float(some.abs().max()))
         squared += float(some.square().sum())
@@ -199,10 +199,10 @@ class _Chooser:
 
     def _own_reason(self, seen: Seen) -> str | None:
         if not seen.largest_weight <= self.end:
-            return self._beyond("its weights", seen.largest_weight)
+            return self._beyond("its weights reach", seen.largest_weight)
         for what, largest in (("what it reads", seen.largest_input), ("what it gives", seen.largest_output)):
             if self._overflows(largest):
-                return self._beyond(what, largest)
+                return self._beyond(f"{what} reaches", largest)
         if seen.underflow > UNDERFLOW_SHARE:
             return f"underflow: {seen.underflow:.1%} of its weights would be zero in {self.dtype_name}"
         error = max(seen.error, seen.weight_error)
@@ -215,12 +215,12 @@ class _Chooser:
 
     def _beyond(self, what: str, largest: float) -> str:
         near = "" if largest > self.end else f", with a margin of {MARGIN:g}"
-        return f"overflow: {what} reaches {largest:.3g}, and {self.dtype_name} ends at {self.end:.5g}{near}"
+        return f"overflow: {what} {largest:.3g}, and {self.dtype_name} ends at {self.end:.5g}{near}"
 
     def _embedding(self) -> None:
         name = self.spec.embedding.name
         if self._overflows(self.ranges.embedded):
-            self.kept.setdefault(name, self._beyond("what it gives", self.ranges.embedded))
+            self.kept.setdefault(name, self._beyond("what it gives reaches", self.ranges.embedded))
         head = self.spec.head.name
         if name in self.kept or (self.spec.tied and head in self.kept):
             self.residual_from = name
@@ -238,7 +238,7 @@ class _Chooser:
     def _residual(self, writer: str, largest: float) -> None:
         """The stream is float32 from the first writer on that has to be; from then on sums do not overflow."""
         if self.residual_from is None and self._overflows(largest):
-            self.kept.setdefault(writer, self._beyond("the residual stream that it writes", largest))
+            self.kept.setdefault(writer, self._beyond("the residual stream that it writes reaches", largest))
         if self.residual_from is None and writer in self.kept:
             self.residual_from = writer
 
@@ -247,7 +247,7 @@ class _Chooser:
         largest = self.ranges.modules[block.mlp.down.name].largest_input
         if self._overflows(largest):
             for linear in block.mlp.inputs:
-                self.kept.setdefault(linear.name, self._beyond("what comes of its outputs", largest))
+                self.kept.setdefault(linear.name, self._beyond("what comes of its outputs reaches", largest))
 
     def _alike(self, names: Sequence[str], why: str) -> None:
         kept = next((name for name in names if name in self.kept), None)
