@@ -89,10 +89,11 @@ def cast(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Cast a model to 16 bits, but for what would overflow, underflow or lose too much there, and check it.
+    """Cast a model to 16 bits, but for what these cannot hold.
 
-    Ranges of weights and activations are scanned on text, block by block. Every module is listed with its dtype, and
-    with the reason where it stays float32. What is written is then opened and held against the same in torch.
+    What would overflow, underflow or lose too much stays float32. Ranges of weights and activations are scanned on
+    text, block by block. Every module is listed with its dtype, and with the reason where it stays float32. What is
+    written is then opened and held against the same in torch.
 
     Example: llmopt cast demo -o demo-fp16 --dtype fp16 --keep-fp32 lm_head
     """

@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnxruntime_genai
 import pytest
 import torch
 import yaml
@@ -12,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmopt.artifact import Resume, journal_folder, load_manifest
+from llmopt.engine.ort import OrtEngine
 from llmopt.errors import ArtifactError, ExitCode, ModelError, UsageError, VerificationError
 from llmopt.model.tokenizer import Tokenizer
-from llmopt.pipeline.cast import RANGES, cast, plan_cast
+from llmopt.pipeline.cast import MIXED_CACHES, RANGES, cast, plan_cast
 from llmopt.pipeline.cast_request import CastRequest, PreparedCast, prepare_cast
 from llmopt.progress import Silent
 from tests.overflow import plant_overflow
@@ -304,3 +307,26 @@ def test_a_plan_can_be_had_without_writing_anything(tiny_llama: Path, tmp_path: 
     plan = plan_cast(prepared, Silent())
     assert [choice.name for choice in plan.kept] == ["lm_head"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_onnxruntime_genai_says_what_a_stream_says(tiny_llama: Path, tmp_path: Path) -> None:
+    cast(request(tiny_llama, tmp_path / "out"))
+    model = onnxruntime_genai.Model(str(tmp_path / "out"))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=TEXT.shape[1] + 12)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(TEXT[0].numpy())
+    stream = OrtEngine(tmp_path / "out", threads=1).stream(capacity=TEXT.shape[1] + 12)
+    ids = [*TEXT[0].tolist(), int(stream.feed(TEXT[0].numpy()).argmax())]
+    while not generator.is_done():
+        generator.generate_next_token()
+        ids.append(int(stream.feed(np.array(ids[-1:])).argmax()) if len(ids) < TEXT.shape[1] + 12 else 0)
+    said = generator.get_sequence(0).tolist()
+    assert len(said) > TEXT.shape[1]
+    assert said == ids[: len(said)]
+
+
+def test_caches_of_two_dtypes_are_not_for_onnxruntime_genai(tiny_llama: Path, tmp_path: Path) -> None:
+    result = cast(request(tiny_llama, tmp_path / "out", keep_fp32=("layers.0.self_attn.q_proj",)))
+    assert not (tmp_path / "out" / "genai_config.json").exists()
+    assert MIXED_CACHES in result.report.notes
