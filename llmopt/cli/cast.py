@@ -78,6 +78,15 @@ def cast(
             help="What to write: onnx, for onnxruntime and its genai (fp16 alone); hf, safetensors for transformers.",
         ),
     ] = "onnx",
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            "--kernels",
+            metavar="HOW",
+            help="With onnx, the pieces in which a prompt is read: measured, what is fastest on this machine; default, "
+            "all at once, for other machines and the same bytes on all. [default: measured]",
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
@@ -120,6 +129,7 @@ def cast(
         revision=revision,
         trust_remote_code=trust_remote_code,
         format=format_,
+        kernels=kernels,
         seed=seed or 0,
         threads=thread_count(threads),
         force=force,

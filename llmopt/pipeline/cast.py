@@ -27,10 +27,12 @@ from llmopt.model.source import GENERATION_CONFIG
 from llmopt.pipeline.cast_check import CastReferences
 from llmopt.pipeline.cast_request import CastRequest, PreparedCast, prepare_cast
 from llmopt.pipeline.estimate import Estimate
+from llmopt.pipeline.formats.cast import unassigned
 from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.scan import Scan, ranges_from_bytes, ranges_to_bytes
 from llmopt.pipeline.spill import States, limit_bytes
+from llmopt.pipeline.tuning import Tuning
 from llmopt.pipeline.verify import Verification
 from llmopt.pipeline.windows import verification_windows
 from llmopt.precision.cast import CastPlan, Ranges, choose
@@ -76,7 +78,8 @@ def execute_cast(prepared: PreparedCast, progress: Progress) -> CastResult:
     prepared.require_room()
     key = journal_key(prepared.manifest(), request.threads)
     with journal(request.output, key, request.resume, progress) as kept:
-        return _written(prepared, plan_cast(prepared, progress, kept), progress)
+        plan = plan_cast(prepared, progress, kept)
+        return _written(prepared, plan, prepared.tuning(kept, progress), progress)
 
 
 def plan_cast(prepared: PreparedCast, progress: Progress, kept: Journal | None = None) -> CastPlan:
@@ -111,20 +114,22 @@ def scan(prepared: PreparedCast, progress: Progress) -> Ranges:
     spec = prepared.source.spec
     states = partial(States, limit_bytes(), prepared.request.output.absolute().parent)
     with open_checkpoint(prepared.source) as checkpoint:
-        parts = PartReader(spec, checkpoint, prepared.assignments, None)
+        parts = PartReader(spec, checkpoint, unassigned(spec), None)
         return Scan(spec, prepared.windows, DTYPES[prepared.request.dtype], states).run(parts, progress)
 
 
-def _written(prepared: PreparedCast, plan: CastPlan, progress: Progress) -> CastResult:
+def _written(prepared: PreparedCast, plan: CastPlan, tuning: Tuning | None, progress: Progress) -> CastResult:
     request = prepared.request
     needed = prepared.require_room(plan)
     progress.say(f"{request.output.name} {needed}")
     with staged(request.output, force=request.force) as folder:
         verification = export_cast(prepared, plan, folder, progress)
-        manifest = write_manifest(folder, prepared.manifest())
+        prepared.format.finish(prepared.source.spec, tuning, folder)
+        chosen = {} if tuning is None else tuning.chosen()
+        manifest = write_manifest(folder, dataclasses.replace(prepared.manifest(), tuning=chosen))
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
-        report = describe_cast(prepared, plan, size_bytes, verification)
+        report = describe_cast(prepared, plan, size_bytes, verification, tuning)
         write_json(folder / REPORT, report.to_json())
         card = card_text(Card.of(manifest, prepared.source.config, report))
         (folder / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")
@@ -156,7 +161,7 @@ def export_cast(prepared: PreparedCast, plan: CastPlan, folder: Path, progress: 
         open_checkpoint(source) as checkpoint,
         progress.task(f"writing {source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = PartReader(spec, checkpoint, prepared.assignments, None)
+        parts = PartReader(spec, checkpoint, unassigned(spec), None)
         embedding = parts.embedding()
         references.embedding(writer.embedding(embedding.weights))
         task.advance(note="embedding done")
@@ -169,7 +174,9 @@ def export_cast(prepared: PreparedCast, plan: CastPlan, folder: Path, progress: 
     return format_.verify(folder, references, plan, prepared.request.threads, progress)
 
 
-def describe_cast(prepared: PreparedCast, plan: CastPlan, size_bytes: int, verification: Verification) -> Report:
+def describe_cast(
+    prepared: PreparedCast, plan: CastPlan, size_bytes: int, verification: Verification, tuning: Tuning | None
+) -> Report:
     """The report of an artifact that was not benched yet."""
     request = prepared.request
     candidate = Candidate(
@@ -185,6 +192,8 @@ def describe_cast(prepared: PreparedCast, plan: CastPlan, size_bytes: int, verif
         "calibration": prepared.calibration.entry(),
         "cast": {"tolerance": request.tolerance, "residual_from": plan.residual_from},
     }
+    if tuning is not None:
+        settings["kernels"] = tuning.to_json()
     return Report(
         host=describe_host(request.threads),
         versions=versions(),

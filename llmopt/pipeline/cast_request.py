@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmopt import __version__
-from llmopt.artifact import Manifest, Resume
+from llmopt.artifact import Journal, Manifest, Resume
 from llmopt.calibrate.load import TO_FIT, load_text
 from llmopt.calibrate.text import built_in
 from llmopt.engine.base import TokenIds
@@ -18,11 +18,12 @@ from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.formats.cast import CastFormat, find_cast_format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.prepare import source_entry
+from llmopt.pipeline.request import kernels_of
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
+from llmopt.pipeline.tuning import DEFAULT, MEASURED, Tuning, measured_on, tuning
 from llmopt.precision.cast import CastPlan, require_patterns
 from llmopt.precision.short import TOLERANCE, check_dtype, check_tolerance
 from llmopt.progress import Progress
-from llmopt.quantize.assign import Assignment
 
 SCANNED_TOKENS = 8 * WINDOW
 
@@ -41,6 +42,7 @@ class CastRequest:
     revision: str | None = None
     trust_remote_code: bool = False
     format: str = ONNX.name
+    kernels: str | None = None  # as of a QuantizeRequest; of a cast they decide the pieces of a prompt
     seed: int = 0
     threads: int = 1
     force: bool = False
@@ -56,14 +58,12 @@ class PreparedCast:
     format: CastFormat
     calibration: CalibrationText
     windows: Sequence[TokenIds]
+    kernels: str | None = None  # how they are chosen, and on what machine
     notes: tuple[str, ...] = ()  # about the model
 
-    @property
-    def assignments(self) -> dict[str, Assignment]:
-        """No layer has a scheme."""
-        spec = self.source.spec
-        names = (spec.embedding.name, *(linear.name for linear in spec.linears()))
-        return {name: Assignment(name=name, scheme=None) for name in names}
+    def tuning(self, journal: Journal, progress: Progress) -> Tuning | None:
+        """What chooses the pieces of a prompt, where they are measured."""
+        return None if self.kernels in (None, DEFAULT) else tuning(self.request.threads, journal, progress)
 
     def bytes_of(self, plan: CastPlan | None) -> int:
         """What the weights take on disk; without a plan, if nothing is kept."""
@@ -96,6 +96,7 @@ class PreparedCast:
             tolerance=request.tolerance,
             keep_fp32=request.keep_fp32,
             seed=request.seed,
+            kernels=self.kernels,
             versions={"llmopt": __version__, **versions()},
         )
 
@@ -111,6 +112,7 @@ def prepare_cast(request: CastRequest, progress: Progress) -> PreparedCast:
     format_ = find_cast_format(request.format)
     check_dtype(request.dtype)
     check_tolerance(request.tolerance)
+    kernels = kernels_of(request.kernels, request.format)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
@@ -126,5 +128,6 @@ def prepare_cast(request: CastRequest, progress: Progress) -> PreparedCast:
         format=format_,
         calibration=calibration,
         windows=windows,
+        kernels=measured_on(request.threads) if kernels == MEASURED else kernels,
         notes=() if note is None else (note,),
     )

@@ -127,6 +127,9 @@ class QuantizeStep(_Section):
     """Another scheme for the linears whose names match a pattern."""
     format: Literal["onnx", "hf", "gptq"] = "onnx"
     """What the artifact is written as: onnx for onnxruntime, hf for transformers, gptq for GPTQModel and vLLM."""
+    kernels: Literal["measured", "default"] | None = None
+    """How onnxruntime's kernels are chosen: measured, by what is fastest on this machine; default, for other machines.
+    null: measured where the format is onnx."""
 
 
 class CastStep(_Section):
@@ -147,6 +150,9 @@ class CastStep(_Section):
     """How much of it is read, in tokens. null: 4096."""
     format: Literal["onnx", "hf"] = "onnx"
     """What the artifact is written as: onnx for onnxruntime (fp16 alone), hf for transformers."""
+    kernels: Literal["measured", "default"] | None = None
+    """The pieces in which a prompt is read: measured, what is fastest on this machine; default, all at once.
+    null: measured where the format is onnx."""
 
 
 class Step(_Section):

@@ -3,6 +3,8 @@
 import onnx
 from onnx import ModelProto, NodeProto, helper
 
+from llmopt.export.onnx.one_token import without_short_ways
+
 HALF = onnx.TensorProto.FLOAT16
 
 
@@ -13,6 +15,7 @@ def in_float32(model: ModelProto, *, integers: bool = False) -> ModelProto:
     codes, and the codes of its activations the values that they are rounded from. What is float16 is widened where it
     is read.
     """
+    model = without_short_ways(model)
     half = {tensor.name for tensor in model.graph.initializer if tensor.data_type == HALF}
     nodes = [replacement for node in model.graph.node for replacement in _in_float32(node, integers=integers)]
     nodes = [replacement for node in nodes for replacement in _widened(node, half)]

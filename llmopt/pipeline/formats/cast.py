@@ -10,14 +10,16 @@ import torch
 from llmopt import __version__
 from llmopt.artifact import write_json
 from llmopt.engine.cast import CastEngine
-from llmopt.engine.ort import OrtEngine
+from llmopt.engine.ort import GENAI_CONFIG, OrtEngine
 from llmopt.errors import ArtifactError, UnsupportedError, UsageError, VerificationError, near_match
 from llmopt.export.checkpoint.compressed_tensors import CompressedTensors
 from llmopt.export.checkpoint.writer import CheckpointWriter
-from llmopt.export.genai import GENAI_CONFIG, genai_config
+from llmopt.export.genai import genai_config
 from llmopt.export.onnx.attention import require_heads
 from llmopt.export.onnx.decoder import DecoderGraph
 from llmopt.export.onnx.graph import GRAPH_FILE
+from llmopt.model.json_file import read_object
+from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import CONFIG, ModelSource
 from llmopt.model.spec import Block, ModelSpec, TensorSpec
 from llmopt.model.storage import rotary_values
@@ -25,10 +27,12 @@ from llmopt.pipeline.calibration import Weights
 from llmopt.pipeline.cast_check import CastReferences, check
 from llmopt.pipeline.formats.base import Writer
 from llmopt.pipeline.formats.hf import HF
-from llmopt.pipeline.formats.onnx import ONNX
+from llmopt.pipeline.formats.onnx import ONNX, prefill_name
+from llmopt.pipeline.tuning import PROMPT, Tuning
 from llmopt.pipeline.verify import Verification, compare, compare_rewritten, floats
 from llmopt.precision.cast import DTYPES, CastPlan
 from llmopt.progress import Progress
+from llmopt.quantize.assign import Assignment
 
 SHORT_BYTES = 2
 WIDENED = 3  # times the size of its files is what onnxruntime takes, where all kernels are of float32
@@ -87,6 +91,10 @@ class CastFormat(Protocol):
         """
         ...
 
+    def finish(self, spec: ModelSpec, tuning: Tuning | None, folder: Path) -> None:
+        """Decide what is decided by running what was written, once it is known to be right."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class CastHf:
@@ -109,7 +117,10 @@ class CastHf:
 
     def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
         """As for quantized weights: the whole model in float32."""
-        return HF.verification_bytes(spec, output_bytes, logits_bytes)
+        return HF.verification_bytes(spec, unassigned(spec), output_bytes, logits_bytes)
+
+    def finish(self, spec: ModelSpec, tuning: Tuning | None, folder: Path) -> None:
+        """Nothing is left to decide."""
 
     def write_companions(self, source: ModelSource, plan: CastPlan, folder: Path) -> None:
         """The model's config with the dtype that transformers is to load it in."""
@@ -171,7 +182,17 @@ class CastOnnx:
 
     def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
         """As for quantized weights; but onnxruntime makes floats of all, where the processor has no float16."""
-        return ONNX.verification_bytes(spec, WIDENED * output_bytes, logits_bytes)
+        return ONNX.verification_bytes(spec, unassigned(spec), WIDENED * output_bytes, logits_bytes)
+
+    def finish(self, spec: ModelSpec, tuning: Tuning | None, folder: Path) -> None:
+        """Tell onnxruntime-genai in what pieces to read a prompt, as for quantized models and baselines."""
+        path = folder / GENAI_CONFIG
+        if tuning is None or not path.is_file() or longest_sequence(spec) < PROMPT:
+            return
+        size = tuning.chunk(f"{prefill_name(spec, unassigned(spec))}, cast", folder, spec.vocab_size)
+        if size is not None:
+            config = read_object(path)
+            write_json(path, config | {"search": config["search"] | {"chunk_size": size}})
 
     def write_companions(self, source: ModelSource, plan: CastPlan, folder: Path) -> None:
         """The model's own config, and that of onnxruntime-genai where it knows the family and the cache is of one
@@ -313,6 +334,12 @@ def find_cast_format(name: str) -> CastFormat:
     if name not in CAST_FORMATS:
         raise UsageError(f"there is no format {name!r} to cast to", hint=near_match(name, CAST_FORMATS))
     return CAST_FORMATS[name]
+
+
+def unassigned(spec: ModelSpec) -> dict[str, Assignment]:
+    """No layer has a scheme."""
+    names = (spec.embedding.name, *(linear.name for linear in spec.linears()))
+    return {name: Assignment(name=name, scheme=None) for name in names}
 
 
 def tensor_bytes(spec: ModelSpec, plan: CastPlan | None) -> int:
