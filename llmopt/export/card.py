@@ -184,6 +184,8 @@ def _how(manifest: Manifest) -> list[str]:
         words += [*how, "--method", manifest.method or "rtn"]
     if manifest.minutes is not None:
         words += ["--minutes", f"{manifest.minutes:g}"]
+    if manifest.cast is not None:
+        words += ["--cast", manifest.cast]
     return words
 
 

@@ -3,9 +3,10 @@
 import dataclasses
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmopt.artifact import (
     MODEL_CARD,
@@ -30,16 +31,14 @@ from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.formats.cast import unassigned
 from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.parts import PartReader
-from llmopt.pipeline.scan import Scan, ranges_from_bytes, ranges_to_bytes
-from llmopt.pipeline.spill import States, limit_bytes
+from llmopt.pipeline.scan import RANGES, ranges_from_bytes, ranges_to_bytes, scan
 from llmopt.pipeline.tuning import Tuning
 from llmopt.pipeline.verify import Verification
 from llmopt.pipeline.windows import verification_windows
-from llmopt.precision.cast import CastPlan, Ranges, choose
+from llmopt.precision.cast import DTYPES, CastPlan, choose
 from llmopt.progress import Progress, Silent
 from llmopt.report.results import Candidate, Measurement, Report
 
-RANGES = "ranges.json"  # in the journal
 OWN_TEXT = "scanned on llmopt's own stories: --calib with text like what it will read is better"
 MIXED_CACHES = "attention of some blocks is float32: onnxruntime-genai, whose caches have one dtype, does not open it"
 
@@ -93,29 +92,14 @@ def plan_cast(prepared: PreparedCast, progress: Progress, kept: Journal | None =
         progress.say("the ranges were scanned before: going on from there")
         ranges = ranges_from_bytes(data)
     else:
-        ranges = scan(prepared, progress)
+        request = prepared.request
+        torch.set_num_threads(request.threads)
+        folder = request.output.absolute().parent
+        ranges = scan(prepared.source, prepared.windows, DTYPES[request.dtype], folder, progress)
         if kept is not None:
             kept.write(RANGES, ranges_to_bytes(ranges))
     request = prepared.request
     return choose(prepared.source.spec, ranges, request.dtype, tolerance=request.tolerance, keep_fp32=request.keep_fp32)
-
-
-def scan(prepared: PreparedCast, progress: Progress) -> Ranges:
-    """What text shows of every module.
-
-    Raises:
-        LlmoptError: see `plan_cast`.
-    """
-    import torch  # noqa: PLC0415 (late: a mistake in a request should not wait for it)
-
-    from llmopt.precision.cast import DTYPES  # noqa: PLC0415
-
-    torch.set_num_threads(prepared.request.threads)
-    spec = prepared.source.spec
-    states = partial(States, limit_bytes(), prepared.request.output.absolute().parent)
-    with open_checkpoint(prepared.source) as checkpoint:
-        parts = PartReader(spec, checkpoint, unassigned(spec), None)
-        return Scan(spec, prepared.windows, DTYPES[prepared.request.dtype], states).run(parts, progress)
 
 
 def _written(prepared: PreparedCast, plan: CastPlan, tuning: Tuning | None, progress: Progress) -> CastResult:

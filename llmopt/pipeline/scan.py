@@ -9,6 +9,8 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,16 +26,34 @@ from llmopt.engine.blocks import (
     in_own_dtype,
     normalize,
 )
+from llmopt.model.checkpoint import open_checkpoint
+from llmopt.model.source import ModelSource
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm
 from llmopt.pipeline.calibration import Weights as PartWeights
 from llmopt.pipeline.calibration import densify
 from llmopt.pipeline.finite import require_finite
+from llmopt.pipeline.formats.cast import unassigned
 from llmopt.pipeline.parts import PartReader
-from llmopt.pipeline.spill import States
+from llmopt.pipeline.spill import States, limit_bytes
 from llmopt.precision.cast import Ranges, Seen, see_weight
 from llmopt.progress import Progress
 
+RANGES = "ranges.json"  # in a journal
 TINY = torch.finfo(torch.float32).tiny
+
+
+def scan(
+    source: ModelSource, windows: Sequence[TokenIds], dtype: torch.dtype, folder: Path, progress: Progress
+) -> Ranges:
+    """What text shows of every module; hidden states that memory has no room for lie in `folder`.
+
+    Raises:
+        LlmoptError: the weights are damaged, or the model overflows float32.
+    """
+    spec = source.spec
+    with open_checkpoint(source) as checkpoint:
+        parts = PartReader(spec, checkpoint, unassigned(spec), None)
+        return Scan(spec, windows, dtype, partial(States, limit_bytes(), folder)).run(parts, progress)
 
 
 @dataclass

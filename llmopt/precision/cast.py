@@ -114,6 +114,13 @@ def modules(spec: ModelSpec) -> Iterator[str]:
     yield spec.head.name
 
 
+def module_of(spec: ModelSpec, tensor: str) -> str:
+    """The module that a tensor belongs to; learned positions go with the embedding."""
+    name = tensor.rpartition(".")[0]
+    positions = spec.embedding.positions
+    return spec.embedding.name if positions is not None and name == positions.name else name
+
+
 def require_patterns(spec: ModelSpec, patterns: Sequence[str]) -> None:
     """See that each pattern means a module.
 

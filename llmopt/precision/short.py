@@ -4,6 +4,7 @@ from llmopt.errors import UsageError
 
 FP16, BF16, FP32 = "fp16", "bf16", "fp32"
 SHORT = (FP16, BF16)
+WORDS = {FP16: "float16", BF16: "bfloat16", FP32: "float32"}  # as configs of transformers have them
 TOLERANCE = 0.01  # of the relative error of what a module gives
 
 

@@ -127,6 +127,8 @@ class QuantizeStep(_Section):
     """Another scheme for the linears whose names match a pattern."""
     format: Literal["onnx", "hf", "gptq"] = "onnx"
     """What the artifact is written as: onnx for onnxruntime, hf for transformers, gptq for GPTQModel and vLLM."""
+    cast: Literal["fp16", "bf16"] | None = None
+    """With format hf, the dtype of what is not quantized, but for what that cannot hold. null: the model's."""
     kernels: Literal["measured", "default"] | None = None
     """How onnxruntime's kernels are chosen: measured, by what is fastest on this machine; default, for other machines.
     null: measured where the format is onnx."""

@@ -17,8 +17,9 @@ from llmopt.artifact import Resume, journal_folder, load_manifest
 from llmopt.engine.ort import OrtEngine
 from llmopt.errors import ArtifactError, ExitCode, ModelError, UsageError, VerificationError
 from llmopt.model.tokenizer import Tokenizer
-from llmopt.pipeline.cast import MIXED_CACHES, RANGES, cast, plan_cast
-from llmopt.pipeline.cast_request import CastRequest, PreparedCast, prepare_cast
+from llmopt.pipeline.cast import MIXED_CACHES, cast, plan_cast
+from llmopt.pipeline.cast_request import CastRequest, prepare_cast
+from llmopt.pipeline.scan import RANGES, scan
 from llmopt.progress import Silent
 from tests.overflow import plant_overflow
 from tests.whole_way import CommandLine, bytes_of
@@ -85,21 +86,13 @@ def test_transformers_alone_computes_right_for_the_config_says_float32(planted: 
 def test_what_the_text_did_not_show_fails_before_there_is_an_artifact(
     planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def blind(prepared: PreparedCast, progress: object) -> object:
-        return scan_of_the_demo
-
-    scan_of_the_demo = _ranges("demo", tmp_path)
-    monkeypatch.setattr("llmopt.pipeline.cast.scan", blind)
+    demo = prepare_cast(request("demo", tmp_path / "other"), Silent())
+    seen = scan(demo.source, demo.windows, torch.float16, tmp_path, Silent())
+    monkeypatch.setattr("llmopt.pipeline.cast.scan", lambda *arguments: seen)
     with pytest.raises(VerificationError, match="overflow 16 bits") as caught:
         cast(request(planted, tmp_path / "out"))
     assert caught.value.where == "behind block 0"
     assert not (tmp_path / "out").exists()
-
-
-def _ranges(model: str, folder: Path) -> object:
-    from llmopt.pipeline.cast import scan
-
-    return scan(prepare_cast(request(model, folder / "x"), Silent()), Silent())
 
 
 # What is written.

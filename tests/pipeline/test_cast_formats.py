@@ -16,11 +16,11 @@ from llmopt.engine.ort import OrtEngine
 from llmopt.errors import UnsupportedError, UsageError
 from llmopt.model.spec import ModelSpec
 from llmopt.pipeline.cast_check import CastReferences
-from llmopt.pipeline.formats.cast import CAST_FORMATS, CastHf, CastOnnx, find_cast_format, module_of
+from llmopt.pipeline.formats.cast import CAST_FORMATS, CastHf, CastOnnx, find_cast_format
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.scan import Scan
 from llmopt.pipeline.verify import Verification
-from llmopt.precision.cast import DTYPES, CastPlan, choose, modules
+from llmopt.precision.cast import DTYPES, CastPlan, choose, module_of, modules
 from llmopt.progress import Silent
 from tests.decoders import assignments
 from tests.families import CASES, Saved, random_weights, spec_of

@@ -30,13 +30,13 @@ from llmopt.pipeline.formats.hf import HF
 from llmopt.pipeline.formats.onnx import ONNX, prefill_name
 from llmopt.pipeline.tuning import PROMPT, Tuning
 from llmopt.pipeline.verify import Verification, compare, compare_rewritten, floats
-from llmopt.precision.cast import DTYPES, CastPlan
+from llmopt.precision.cast import DTYPES, CastPlan, module_of
+from llmopt.precision.short import WORDS
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 
 SHORT_BYTES = 2
 WIDENED = 3  # times the size of its files is what onnxruntime takes, where all kernels are of float32
-WORDS = {"fp16": "float16", "bf16": "bfloat16"}  # as configs of transformers have them
 
 
 class CastFormat(Protocol):
@@ -349,10 +349,3 @@ def tensor_bytes(spec: ModelSpec, plan: CastPlan | None) -> int:
         return SHORT_BYTES if plan is None else plan.dtype_of(module_of(spec, tensor.name)).itemsize
 
     return sum(tensor.count * size(tensor) for tensor in spec.tensors())
-
-
-def module_of(spec: ModelSpec, tensor: str) -> str:
-    """The module that a tensor belongs to; learned positions go with the embedding."""
-    name = tensor.rpartition(".")[0]
-    positions = spec.embedding.positions
-    return spec.embedding.name if positions is not None and name == positions.name else name
