@@ -119,6 +119,15 @@ def test_what_is_opened_from_python_has_the_dtypes_of_the_file(tmp_path: Path) -
         assert model.get_submodule(name).weight.dtype == plan.dtype_of(name), name
 
 
+@pytest.mark.parametrize(("kept", "gives"), [("norms", torch.float32), ("nothing", torch.float16)])
+def test_a_norm_gives_what_it_reads_unless_it_is_kept(kept: str, gives: torch.dtype, tmp_path: Path) -> None:
+    written(tmp_path, "llama", "fp16", kept, "hf")
+    norm = open_cast(tmp_path).get_submodule("model.norm")
+    x_H = torch.full((64,), 300.0, dtype=torch.float16)
+    assert norm(x_H).dtype == gives
+    assert norm(x_H.float()).dtype == torch.float32
+
+
 def test_bfloat16_graphs_are_refused_for_there_are_no_kernels() -> None:
     spec = spec_of(CASES["llama"])
     CastOnnx().check(spec, "fp16")

@@ -36,7 +36,7 @@ from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
 
 SHORT_BYTES = 2
-WIDENED = 3  # times the size of its files is what onnxruntime takes, where all kernels are of float32
+WIDENED = 3.5  # times the size of its files is what onnxruntime takes, where all kernels are of float32
 
 
 class CastFormat(Protocol):
@@ -182,7 +182,7 @@ class CastOnnx:
 
     def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
         """As for quantized weights; but onnxruntime makes floats of all, where the processor has no float16."""
-        return ONNX.verification_bytes(spec, unassigned(spec), WIDENED * output_bytes, logits_bytes)
+        return ONNX.verification_bytes(spec, unassigned(spec), int(WIDENED * output_bytes), logits_bytes)
 
     def finish(self, spec: ModelSpec, tuning: Tuning | None, folder: Path) -> None:
         """Tell onnxruntime-genai in what pieces to read a prompt, as for quantized models and baselines."""
