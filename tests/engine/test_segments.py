@@ -66,6 +66,24 @@ def test_no_more_than_a_segment_is_open_and_nothing_is_kept_that_none_reads(
     assert sum(sizes) == len(long_way(folder).graph.node)
 
 
+def test_no_value_keeps_the_memory_of_a_session(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array that onnxruntime gives holds all that its session took."""
+    given: list[np.ndarray] = []
+
+    class Watched:
+        def __init__(self, *arguments: object) -> None:
+            self.session = open_session(*arguments)  # type: ignore[arg-type]
+
+        def run(self, *arguments: object) -> list[np.ndarray]:
+            found = self.session.run(*arguments)
+            given.extend(found)
+            return found
+
+    monkeypatch.setattr(segments, "open_session", Watched)
+    for logits in run(folder, 17):
+        assert not any(np.shares_memory(logits, array) for array in given)
+
+
 def test_a_segment_that_does_not_open_names_the_folder(folder: Path) -> None:
     model = long_way(folder)
     model.graph.node[-2].op_type = "NoSuchOperator"
