@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ from tests.decoders import assignments
 from tests.families import CASES, Saved, random_weights, spec_of
 
 WINDOWS = [np.random.default_rng(seed).integers(0, 97, 20) for seed in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More would wait for each other, over matrices as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def scanned(case: str, saved: Saved, dtype: torch.dtype = torch.float16) -> Ranges:
