@@ -22,6 +22,8 @@ RECIPES = {
     "recipes/int4-gptq.yaml": 0,
     "recipes/mixed-budget.yaml": 0,
     "recipes/ci-gate.yaml": 0,
+    "recipes/cast-cpu.yaml": 0,
+    "recipes/cast-gpu.yaml": 0,
 }
 
 

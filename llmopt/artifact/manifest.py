@@ -66,6 +66,9 @@ class Manifest:
     calibration: Mapping[str, str | int] | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
+    cast: str | None = None
+    tolerance: float | None = None
+    keep_fp32: tuple[str, ...] = ()
     seed: int = 0
     kernels: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -138,6 +138,15 @@ def quantize(
             "gptq, the checkpoints that GPTQModel reads, and vLLM too.",
         ),
     ] = "onnx",
+    cast: Annotated[
+        str | None,
+        typer.Option(
+            "--cast",
+            metavar="DTYPE",
+            help="With --format hf: fp16 or bf16 for what is not quantized, but for what that cannot hold. "
+            "[default: the model's dtype]",
+        ),
+    ] = None,
     kernels: Annotated[
         str | None,
         typer.Option(
@@ -201,6 +210,7 @@ def quantize(
         revision=revision,
         trust_remote_code=trust_remote_code,
         format=format_,
+        cast=cast,
         kernels=kernels,
         seed=seed or 0,
         threads=thread_count(threads),

@@ -33,7 +33,7 @@ def check(
     from llmopt.recipe import load_recipe
 
     recipe = load_recipe(file, vocabulary=vocabulary(), assignments=settings or ())
-    names = ", ".join(step.quantize.name for step in recipe.steps)
+    names = ", ".join(step.work.name for step in recipe.steps)
     content = recipe.model_dump(mode="json", by_alias=True)
     summary = f"# {file}: {recipe.model} to {names}, {counted(len(recipe.gates), 'gate')}"
     Console(json=json).result(content, lambda on: on.out(f"{summary}\n{_as_yaml(content)}", highlight=False, end=""))

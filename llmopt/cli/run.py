@@ -12,6 +12,7 @@ from llmopt.cli.outcome import resumable
 from llmopt.errors import ExitCode
 
 if TYPE_CHECKING:
+    from llmopt.pipeline.cast_request import PreparedCast
     from llmopt.pipeline.prepare import Prepared
     from llmopt.pipeline.run import RunResult
 
@@ -53,13 +54,13 @@ def run(
         lines = [planned_line(step, force=force) for step in steps]
         console.result({"schema": "llmopt.run-plan/1", "artifacts": value}, "\n".join([*lines, "nothing was done"]))
         return ExitCode.DONE
-    with resumable(Path(recipe.output) / step.quantize.name for step in recipe.steps):
+    with resumable(Path(recipe.output) / step.work.name for step in recipe.steps):
         result = do_run(recipe, options, console.progress)
     show_run(result, console)
     return result.exit_code
 
 
-def planned_line(step: "Prepared", *, force: bool) -> str:
+def planned_line(step: "Prepared | PreparedCast", *, force: bool) -> str:
     """What would become of a step."""
     from llmopt.pipeline.run import is_done
 

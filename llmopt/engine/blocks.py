@@ -3,6 +3,9 @@
 Each function takes only the weights that it needs (as read from a checkpoint, by name), so that a model can run with
 one block in memory. How a linear is applied is the caller's choice: quantized execution is another `Apply`.
 
+Weights may be float32 or, in mixed precision, some of them 16 bits (see `in_own_dtype`): norms compute in float32 and
+give the dtype of what they read, or float32 if their weight is; sums and products have the wider dtype of their sides.
+
 Axes: B batch, T tokens, S tokens seen (past and new), H hidden, N heads, K key-value heads, D channels of a head,
 R rotated pairs, V vocabulary.
 """
@@ -37,6 +40,20 @@ def plain(weights: Weights) -> Apply:
         weight = weights[linear.weight.name]
         bias = weights[f"{linear.name}.bias"] if linear.bias else None
         return functional.linear(x, weight.T if linear.transposed else weight, bias)
+
+    return apply
+
+
+def in_own_dtype(weights: Weights) -> Apply:
+    """Linears of mixed precision: each casts its input to the dtype of its weight, [out, in], and gives that dtype.
+
+    Sums are float32 inside, as kernels for 16 bits have it.
+    """
+
+    def apply(linear: Linear, x: Tensor) -> Tensor:
+        weight = weights[linear.weight.name]
+        bias = weights[f"{linear.name}.bias"].float() if linear.bias else None
+        return functional.linear(x.to(weight.dtype).float(), weight.float(), bias).to(weight.dtype)
 
     return apply
 
@@ -140,12 +157,14 @@ def head_inputs(spec: ModelSpec, weights: Weights, hidden_BTH: Tensor) -> Tensor
 
 def normalize(norm: Norm, weights: Weights, x: Tensor) -> Tensor:
     """RMS norm or layer norm over the last axis."""
-    weight = weights[f"{norm.name}.weight"] + norm.offset
-    bias = weights[f"{norm.name}.bias"] if norm.bias else None
+    stored = weights[f"{norm.name}.weight"]
+    dtype = torch.promote_types(x.dtype, stored.dtype)
+    x, weight = x.float(), stored.float() + norm.offset
+    bias = weights[f"{norm.name}.bias"].float() if norm.bias else None
     if norm.kind == "layer":
-        return functional.layer_norm(x, (norm.size,), weight, bias, norm.eps)
+        return functional.layer_norm(x, (norm.size,), weight, bias, norm.eps).to(dtype)
     scaled = functional.rms_norm(x, (norm.size,), weight, norm.eps)
-    return scaled if bias is None else scaled + bias
+    return (scaled if bias is None else scaled + bias).to(dtype)
 
 
 def feed_forward(mlp: Mlp, x: Tensor, apply: Apply) -> Tensor:
@@ -212,7 +231,7 @@ def mixed(
 
 def rotate(x: Tensor, turn: Turn) -> Tensor:
     """Turn channel r with channel r + R, for r < R; channels from 2R on stay. `x` is [..., T, D]."""
-    cos_TR, sin_TR = turn
+    cos_TR, sin_TR = (table_TR.to(x.dtype) for table_TR in turn)
     pairs = cos_TR.shape[-1]
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     return torch.cat([first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest], dim=-1)

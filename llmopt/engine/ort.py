@@ -1,7 +1,7 @@
 """An exported model in onnxruntime, used as its users do: one KV buffer per block, shared between past and present."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from llmopt.engine.base import Logits, TokenIds
 from llmopt.errors import ArtifactError, UsageError
 
 GRAPH = "model.onnx"
+CACHE_DTYPES: Mapping[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 GENAI_CONFIG = "genai_config.json"
 
 # A constant of our graphs, int64 [logits]: which of the new tokens get logits. It holds -1, the last that is no
@@ -77,6 +78,7 @@ class OrtEngine:
         self.name = f"onnxruntime {onnxruntime.__version__}"
         inputs = {node.name: node for node in self.session.get_inputs()}
         self.past_names = [name for name in inputs if name.startswith("past_key_values.")]
+        self.past_dtypes = {name: CACHE_DTYPES.get(inputs[name].type, np.float32) for name in self.past_names}
         if "input_ids" not in inputs or not self.past_names:
             raise ArtifactError("the graph is not a decoder with a KV cache", where=str(graph))
         _, self.kv_heads, _, self.head_dim = inputs[self.past_names[0]].shape
@@ -89,8 +91,8 @@ class OrtEngine:
     def logits(self, ids_BT: TokenIds) -> Logits:
         """Logits at every position, shape [batch, tokens, vocab_size]."""
         batch, tokens = ids_BT.shape
-        empty = np.zeros((batch, self.kv_heads, 0, self.head_dim), np.float32)
-        feed: dict[str, Any] = dict.fromkeys(self.past_names, empty)
+        shape = (batch, self.kv_heads, 0, self.head_dim)
+        feed: dict[str, Any] = {name: np.zeros(shape, dtype) for name, dtype in self.past_dtypes.items()}
         feed["input_ids"] = ids_BT
         feed["attention_mask"] = np.ones((batch, tokens), np.int64)
         if self.selects_logits:
@@ -114,7 +116,7 @@ class OrtStream:
         self.binding = engine.session.io_binding()
         # Past and present are the same memory: the kernel then appends instead of copying the whole cache each step.
         for past, present in zip(engine.past_names, engine.present_names, strict=True):
-            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, engine.past_dtypes[past]))
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
 

@@ -43,7 +43,7 @@ class TransformersEngine:
         require_package()
         torch.set_num_threads(threads)
         self.name = f"transformers {metadata.version('transformers')}"
-        self._model = _opened(folder)
+        self._model = opened(folder)
         self.vocab_size: int = self._model.get_output_embeddings().weight.shape[0]
 
     def logits(self, ids_BT: TokenIds) -> Logits:
@@ -87,10 +87,15 @@ class TransformersStream:
             found = self._model(
                 torch.from_numpy(ids_T)[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
-        return cast("Logits", found.logits[0, -1].numpy())
+        return cast("Logits", found.logits[0, -1].float().numpy())
 
 
-def _opened(folder: Path) -> Any:
+def opened(folder: Path) -> Any:
+    """The model in float32.
+
+    Raises:
+        ArtifactError: transformers cannot open the folder.
+    """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 (slow to import)
 
     # Both packages draw progress bars that no setting of theirs turns off; llmopt shows its own.

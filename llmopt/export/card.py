@@ -14,7 +14,7 @@ import yaml
 from llmopt.artifact import Manifest
 from llmopt.calibrate.text import BUILT_IN_CALIBRATION
 from llmopt.engine.ort import GENAI_CONFIG
-from llmopt.export.opening import GENAI, OPENING
+from llmopt.export.opening import CAST, GENAI, opening_of
 from llmopt.report.markdown import code, comparison_table, escape, layer_table
 from llmopt.report.results import METRICS, TIMING_METRICS, Report
 from llmopt.words import counted
@@ -62,7 +62,7 @@ def card_text(card: Card) -> str:
         "## Measured",
         _measured(card),
         "## Run it",
-        OPENING[card.manifest.format].run,
+        opening_of(card.manifest.format, card.manifest.method).run,
         *([GENAI] if card.genai else []),
         "## Make it again",
         f"```sh\n{_command(card.manifest)}\n```",
@@ -83,8 +83,8 @@ def _front_matter(card: Card) -> dict[str, Any]:
         "library_name": _library(card),
         "pipeline_tag": "text-generation",
         "tags": [
-            OPENING[manifest.format].tag,
-            "quantized",
+            opening_of(manifest.format, manifest.method).tag,
+            *([str(manifest.scheme)] if manifest.method == CAST else ["quantized"]),
             *([f"int{bits[1]}"] if bits else []),
             "llmopt",
         ],
@@ -93,7 +93,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
 
 
 def _library(card: Card) -> str:
-    return "onnxruntime-genai" if card.genai else OPENING[card.manifest.format].library
+    return "onnxruntime-genai" if card.genai else opening_of(card.manifest.format, card.manifest.method).library
 
 
 def _title(manifest: Manifest) -> str:
@@ -111,9 +111,10 @@ def _introduction(card: Card) -> str:
     )
     revision = f" at revision {code(manifest.source.revision)}" if manifest.source.revision else ""
     architecture = f" ({code(card.architecture)})" if card.architecture else ""
-    written = OPENING[manifest.format].written
+    written = opening_of(manifest.format, manifest.method).written
+    done = f"cast to {code(str(manifest.scheme))}" if manifest.method == CAST else f"quantized{scheme}"
     return (
-        f"{escape(manifest.source.name)}{architecture}{revision}, quantized{scheme} and written as {written}. "
+        f"{escape(manifest.source.name)}{architecture}{revision}, {done} and written as {written}. "
         f"The weights that it was made from have the fingerprint {code(manifest.source.fingerprint)}."
         f"{_calibration(manifest)}{_basis(card.report)}"
     )
@@ -124,7 +125,11 @@ def _calibration(manifest: Manifest) -> str:
     if read is None:
         return ""
     text, sha256 = escape(str(read["text"])), code(str(read["sha256"]))
-    return f" It was fitted to at most {read['tokens']} tokens of {text}, whose SHA-256 is {sha256}."
+    if manifest.method == CAST:
+        fitted = "Modules whose ranges or errors would be too large stay float32, by what was seen of them on"
+    else:
+        fitted = "It was fitted to"
+    return f" {fitted} at most {read['tokens']} tokens of {text}, whose SHA-256 is {sha256}."
 
 
 def _basis(report: Report) -> str:
@@ -153,25 +158,40 @@ def _measured(card: Card) -> str:
 
 def _command(manifest: Manifest) -> str:
     """The command that writes this artifact; the shell reads nothing in it that came from outside."""
-    words = ["llmopt", "quantize", manifest.source.name, "-o", "OUT", "--format", manifest.format]
+    command = "cast" if manifest.method == CAST else "quantize"
+    words = ["llmopt", command, manifest.source.name, "-o", "OUT", "--format", manifest.format]
     if manifest.source.revision:
         words += ["--revision", manifest.source.revision]
-    if manifest.scheme:
-        how = ["--scheme", manifest.scheme] if manifest.budget is None else ["--budget", manifest.budget]
-        words += [*how, "--method", manifest.method or "rtn"]
-    if manifest.minutes is not None:
-        words += ["--minutes", f"{manifest.minutes:g}"]
-    if manifest.calibration is not None:
-        if manifest.calibration["text"] != BUILT_IN_CALIBRATION:
-            words += ["--calib", str(manifest.calibration["text"])]
-        words += ["--calib-tokens", str(manifest.calibration["tokens"])]
+    words += [*_how(manifest), *_text(manifest)]
     for pattern, scheme in manifest.overrides.items():
         words += ["--override", f"{pattern}={scheme}"]
-    for pattern in manifest.ignore:
-        words += ["--ignore", pattern]
+    for flag, patterns in (("--ignore", manifest.ignore), ("--keep-fp32", manifest.keep_fp32)):
+        words += [word for pattern in patterns for word in (flag, pattern)]
     if manifest.kernels == "default":
         words += ["--kernels", manifest.kernels]
     if manifest.seed:
         words += ["--seed", str(manifest.seed)]
     # Quotes come last: a fence or a line end would close the code block, and what stands for them needs quoting too.
     return " ".join(shlex.quote(" ".join(word.split()).replace("```", "'''")) for word in words)
+
+
+def _how(manifest: Manifest) -> list[str]:
+    if manifest.method == CAST:
+        return ["--dtype", str(manifest.scheme), "--tolerance", f"{manifest.tolerance:g}"]
+    words = []
+    if manifest.scheme:
+        how = ["--scheme", manifest.scheme] if manifest.budget is None else ["--budget", manifest.budget]
+        words += [*how, "--method", manifest.method or "rtn"]
+    if manifest.minutes is not None:
+        words += ["--minutes", f"{manifest.minutes:g}"]
+    if manifest.cast is not None:
+        words += ["--cast", manifest.cast]
+    return words
+
+
+def _text(manifest: Manifest) -> list[str]:
+    read = manifest.calibration
+    if read is None:
+        return []
+    named = [] if read["text"] == BUILT_IN_CALIBRATION else ["--calib", str(read["text"])]
+    return [*named, "--calib-tokens", str(read["tokens"])]

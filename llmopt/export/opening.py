@@ -43,6 +43,22 @@ inputs = tokenizer("In the morning", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```"""
 
+CAST_HF = f"""\
+With llmopt, in this folder, each module in the dtype that it is stored in:
+
+```sh
+llmopt generate . "In the morning"
+```
+
+or, from Python, `llmopt.engine.cast.open_cast(Path("."))`: a model of transformers, with casts between its modules.
+
+With transformers alone:
+
+{_TRANSFORMERS}
+
+That loads all of it in the one `dtype` of `config.json`: the 16 bits if no layer below is fp32, and else float32, which
+takes twice the memory and computes right. Do not give `dtype=torch.float16` then: what was kept would be cast too."""
+
 _GPTQ = f"""\
 With vLLM, in this folder:
 
@@ -63,6 +79,15 @@ With transformers, where optimum and gptqmodel are installed:
 
 {_TRANSFORMERS}"""
 
+CAST = "cast"  # the method of artifacts whose floats have another dtype, and no layer a scheme
+
+
+def opening_of(format_: str, method: str | None) -> Opening:
+    """What to say of an artifact."""
+    return CAST_OPENING if (format_, method) == ("hf", CAST) else OPENING[format_]
+
+
+CAST_OPENING = Opening(written="safetensors for transformers", tag="safetensors", library="transformers", run=CAST_HF)
 OPENING: Mapping[str, Opening] = {
     "onnx": Opening(written="ONNX for onnxruntime", tag="onnx", library="onnxruntime", run=_LLMOPT),
     "hf": Opening(

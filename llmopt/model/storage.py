@@ -101,7 +101,7 @@ def float_bytes(spec: ModelSpec) -> int:
     """What is float32 under every scheme: norms, biases, learned positions, rotary tables, what is before the head."""
     biases = sum(linear.out_features for linear in spec.linears() if linear.bias)
     positions = spec.embedding.positions
-    floats = biases + sum(tensor.count for tensor in norm_tensors(spec)) + _rotary_values(spec)
+    floats = biases + sum(tensor.count for tensor in norm_tensors(spec)) + rotary_values(spec)
     floats += sum(tensor.count for tensor in positions.tensors()) if positions is not None else 0
     floats += spec.before_head.weight.count if spec.before_head is not None else 0
     return floats * _FLOAT32_BYTES
@@ -125,7 +125,7 @@ def stored_bytes(rows: int, columns: int, grid: Grid) -> int:
     return rows * (groups * size * grid.bits // 8 + groups * _FLOAT16_BYTES + zero_points)
 
 
-def _rotary_values(spec: ModelSpec) -> int:
+def rotary_values(spec: ModelSpec) -> int:
     """A cosine and a sine for each pair of channels and position, in every table that blocks do not share."""
     rotaries = {block.attention.rotary for block in spec.blocks}
     return sum(supported_length(rotary, spec.context_length) * rotary.dim for rotary in rotaries if rotary is not None)

@@ -5,7 +5,10 @@ from pathlib import Path
 
 from llmopt import __version__
 from llmopt.artifact import MANIFEST, Manifest, check_free_disk, load_manifest, staged, write_manifest
+from llmopt.engine.base import Engine
+from llmopt.engine.ort import OrtEngine
 from llmopt.errors import ArtifactError, UsageError
+from llmopt.export.opening import CAST
 from llmopt.measure.host import versions
 from llmopt.model.source import open_source
 from llmopt.pipeline.cache import cache_folder
@@ -27,11 +30,15 @@ def is_artifact(name: str) -> bool:
 def float_artifact(model: str, *, revision: str | None, threads: int, progress: Progress) -> Path:
     """The folder of a model as a float32 ONNX artifact; an artifact's own folder if that is what `model` names.
 
+    `open_engine` opens either.
+
     Raises:
         LlmoptError: the model or artifact is not there, not supported or damaged, or the disk is full.
     """
     if is_artifact(model):
-        require_onnx(load_manifest(Path(model), verify=True), model)
+        manifest = load_manifest(Path(model), verify=True)
+        if not in_transformers(manifest):
+            require_onnx(manifest, model)
         return Path(model)
     source = open_source(model, revision=revision, progress=progress)
     names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]
@@ -57,6 +64,24 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
         export(job, partial, progress)
         write_manifest(partial, manifest)
     return folder
+
+
+def in_transformers(manifest: Manifest) -> bool:
+    """Whether an artifact is a checkpoint of floats, which transformers computes with as it ships."""
+    return manifest.method == CAST and manifest.format == "hf"
+
+
+def open_engine(path: Path, threads: int) -> Engine:
+    """An artifact as its users open it.
+
+    Raises:
+        ArtifactError: it does not open.
+    """
+    if in_transformers(load_manifest(path)):
+        from llmopt.engine.cast import CastEngine  # noqa: PLC0415 (torch, which others need not wait for)
+
+        return CastEngine(path, threads).cast()
+    return OrtEngine(path, threads)
 
 
 def require_onnx(manifest: Manifest, name: str) -> None:

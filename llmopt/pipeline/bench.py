@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 from llmopt.artifact import load_manifest
 from llmopt.calibrate.load import TO_MEASURE, load_text
 from llmopt.calibrate.text import Corpus, built_in
 from llmopt.calibrate.windows import TokenWindows, windows
-from llmopt.engine.ort import OrtEngine
 from llmopt.measure.fidelity import compare
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.latency import LatencySettings, measure_latency
 from llmopt.measure.outcome import Outcome
 from llmopt.measure.size import compare_sizes
 from llmopt.model.tokenizer import Tokenizer
-from llmopt.pipeline.baseline import float_artifact, is_artifact
+from llmopt.pipeline.baseline import float_artifact, in_transformers, is_artifact, open_engine
 from llmopt.pipeline.bench_checks import check_engine, check_gates, check_lengths, check_names, common_source, spec_of
 from llmopt.pipeline.kept import keep, kept_layers, kept_settings, lost_by
 from llmopt.pipeline.oracle import oracle_note
@@ -64,7 +64,7 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     baseline_name = request.baseline or common_source(request.candidates)
     names = (baseline_name, *request.candidates)
     for name in names:
-        check_engine(name)
+        check_engine(name, request.settings)
     for name in names:
         revision = request.revision if name == baseline_name else None
         check_lengths(name, spec_of(name, revision), request.settings)
@@ -100,7 +100,7 @@ def measure(
     outcome = compare_sizes(baseline, paths)
     if corpus is not None:
         tokens = tokenized(corpus, settings, baseline)
-        engines = [OrtEngine(path, request.threads) for path in (baseline, *paths)]
+        engines = [open_engine(path, request.threads) for path in (baseline, *paths)]
         outcome = outcome.with_outcome(compare(engines[0], engines[1:], tokens, request.seed, progress))
         note = oracle_note(tokens, settings, baseline)
         outcome = replace(outcome, notes=(*outcome.notes, *note))
@@ -132,7 +132,6 @@ def assemble(
     request: BenchRequest, baseline_name: str, baseline: Path, paths: Sequence[Path], outcome: Outcome
 ) -> Report:
     """Everything in one report."""
-    engine = f"onnxruntime {versions()['onnxruntime']}"
     candidates = []
     for name, path, side in zip(request.candidates, paths, outcome.candidates, strict=True):
         manifest = load_manifest(path)
@@ -140,7 +139,7 @@ def assemble(
             Candidate(
                 name=Path(name).resolve().name if is_artifact(name) else name,
                 path=name,
-                engine=engine,
+                engine=engine_of(path),
                 scheme=manifest.scheme,
                 method=manifest.method,
                 metrics=side.metrics,
@@ -155,10 +154,19 @@ def assemble(
         versions=versions(),
         seed=request.seed,
         baseline=Subject(
-            name=f"baseline {Path(baseline_name).name}", engine=engine, metrics=own.metrics, extra=own.extra
+            name=f"baseline {Path(baseline_name).name}",
+            engine=engine_of(baseline),
+            metrics=own.metrics,
+            extra=own.extra,
         ),
         candidates=tuple(candidates),
         # How several were made is in the report of each.
         settings={**(kept_settings(paths[0]) if len(paths) == 1 else {}), **outcome.settings},
         notes=outcome.notes,
     )
+
+
+def engine_of(path: Path) -> str:
+    """The program that opens an artifact, and its version."""
+    program = "transformers" if in_transformers(load_manifest(path)) else "onnxruntime"
+    return f"{program} {metadata.version(program)}"

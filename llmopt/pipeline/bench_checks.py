@@ -11,7 +11,7 @@ from llmopt.model.json_file import read_object
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import CONFIG, DEMO, open_source
 from llmopt.model.spec import ModelSpec
-from llmopt.pipeline.baseline import is_artifact, require_onnx
+from llmopt.pipeline.baseline import in_transformers, is_artifact, require_onnx
 from llmopt.report.gates import Gate
 from llmopt.report.results import METRICS, TIMING_METRICS
 
@@ -66,14 +66,22 @@ def check_gates(gates: Sequence[Gate], settings: "BenchSettings") -> None:
             raise UsageError("accuracy is not measured", where=gate.expr, hint="leave --no-accuracy out")
 
 
-def check_engine(name: str) -> None:
-    """Measurements are taken in onnxruntime.
+def check_engine(name: str, settings: "BenchSettings") -> None:
+    """Measurements are taken in onnxruntime; accuracy of cast checkpoints in transformers.
 
     Raises:
-        LlmoptError: that does not open an artifact, or its manifest is damaged.
+        LlmoptError: these do not open an artifact or do not measure what is asked for, or its manifest is damaged.
     """
-    if is_artifact(name):
-        require_onnx(load_manifest(Path(name)), name)
+    if not is_artifact(name):
+        return
+    manifest = load_manifest(Path(name))
+    if not in_transformers(manifest):
+        require_onnx(manifest, name)
+    elif settings.latency is not None:
+        raise UsageError(
+            f"{name} is opened in transformers, whose latency says nothing beside that of onnxruntime",
+            hint="--no-latency",
+        )
 
 
 def check_lengths(name: str, spec: ModelSpec, settings: "BenchSettings") -> None:

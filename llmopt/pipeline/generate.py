@@ -12,7 +12,6 @@ import numpy as np
 
 from llmopt.artifact import load_manifest
 from llmopt.engine.base import Engine, Logits
-from llmopt.engine.ort import OrtEngine
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.export.genai import stop_tokens
 from llmopt.model.checkpoint import open_checkpoint
@@ -22,7 +21,8 @@ from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import CONFIG, GENERATION_CONFIG, open_source
 from llmopt.model.spec import ModelSpec
 from llmopt.model.tokenizer import Tokenizer
-from llmopt.pipeline.baseline import is_artifact, require_onnx
+from llmopt.pipeline.baseline import in_transformers, is_artifact, require_onnx
+from llmopt.pipeline.baseline import open_engine as open_artifact
 from llmopt.progress import Progress
 
 
@@ -69,14 +69,16 @@ def generate(request: GenerateRequest, progress: Progress) -> Iterator[str]:
 def open_engine(
     request: GenerateRequest, stack: ExitStack, progress: Progress
 ) -> tuple[Engine, Tokenizer, ModelSpec, Mapping[str, Any]]:
-    """An artifact in onnxruntime, a model in torch; with what its generation_config.json says."""
+    """An artifact in its engine, a model in torch; with what its generation_config.json says."""
     if is_artifact(request.model):
         folder = Path(request.model)
-        require_onnx(load_manifest(folder, verify=True), request.model)
+        manifest = load_manifest(folder, verify=True)
+        if not in_transformers(manifest):
+            require_onnx(manifest, request.model)
         config = read_object(folder / CONFIG)
         generation = folder / GENERATION_CONFIG
         said = read_object(generation) if generation.is_file() else {}
-        return OrtEngine(folder, request.threads), Tokenizer.from_folder(folder), spec_from_config(config), said
+        return open_artifact(folder, request.threads), Tokenizer.from_folder(folder), spec_from_config(config), said
     import torch  # noqa: PLC0415 (artifacts run without it)
 
     from llmopt.engine.torch import TorchEngine  # noqa: PLC0415 (likewise)

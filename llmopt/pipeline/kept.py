@@ -37,7 +37,7 @@ def kept_layers(folder: Path) -> tuple[LayerResult, ...]:
 def kept_settings(folder: Path) -> dict[str, Any]:
     """What the report of an artifact says of its making: what it was calibrated on, how well the export agreed."""
     settings = _kept(folder).get("settings", {})
-    return {name: settings[name] for name in ("calibration", "basis", "verification") if name in settings}
+    return {name: settings[name] for name in ("calibration", "basis", "cast", "verification") if name in settings}
 
 
 def _larger(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from llmopt.pipeline.basis import NOT_TURNED, why_not
 from llmopt.pipeline.calibration import CalibrationText, require_tokens
 from llmopt.pipeline.estimate import Estimate, Work
 from llmopt.pipeline.formats.base import Assignments, Format
+from llmopt.pipeline.formats.hf import HF
 from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.mixed import (
     Mix,
@@ -30,6 +31,7 @@ from llmopt.pipeline.request import (
     QuantizeRequest,
     calibration_text,
     kernels_of,
+    require_castable,
     require_journal,
     require_measurable,
     require_spreadable,
@@ -129,6 +131,7 @@ class Prepared:
             ignore=request.ignore,
             seed=request.seed,
             kernels=self.kernels,
+            cast=request.cast,
             versions={"llmopt": __version__, **versions()},
         )
 
@@ -141,8 +144,11 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
             there is too little text to calibrate on.
     """
     refuse_artifact(request.model)
+    require_castable(request)
     format_, folds = find_format(request.format), find_folds(request.method)
-    kernels = kernels_of(request)
+    if request.cast is not None:
+        format_ = dataclasses.replace(HF, cast=request.cast)
+    kernels = kernels_of(request.kernels, request.format)
     require_measurable(request)
     require_journal(request)
     require_spreadable(request, ranks)

@@ -23,8 +23,10 @@ from llmopt.export.card import Card, card_text
 from llmopt.measure.host import describe_host, versions
 from llmopt.measure.size import model_bytes
 from llmopt.pipeline.basis import Basis
+from llmopt.pipeline.cast_rest import rest_layers, rest_notes, rest_plan, with_rest
 from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.export import Export, assist, export
+from llmopt.pipeline.formats.hf import Hf
 from llmopt.pipeline.formats.onnx import ONNX, Onnx
 from llmopt.pipeline.heldout import HeldOutLoss
 from llmopt.pipeline.journal import journal_key
@@ -138,6 +140,7 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     needed = prepared.require_room() if ranks.is_first else None
     basis = ranks.of_first(partial(chosen_basis, prepared, kept, progress))
     turn = None if basis is None else basis.seed
+    prepared = with_rest(prepared, ranks.of_first(partial(rest_plan, prepared, kept, progress)))
     tuning = prepared.tuning(kept, progress) if ranks.is_first else None
     job = dataclasses.replace(_export(prepared, kept, ranks, pace, tuning), turn=turn)
     if not ranks.is_first:
@@ -221,16 +224,17 @@ def describe(
 ) -> Report:
     """The report of an artifact that was not benched yet: its size, its layers, and how well the export agrees."""
     request = prepared.request
+    rest = prepared.format.plan if isinstance(prepared.format, Hf) else None
     candidate = Candidate(
         name=request.output.name,
         engine=prepared.format.engine,
         scheme=prepared.manifest().scheme,
         method=request.method,
         metrics={"size_bytes": Measurement(value=size_bytes, n=1, unit="bytes")},
-        layers=layers,
+        layers=rest_layers(layers, rest),
     )
     settings: dict[str, Any] = {"verification": dataclasses.asdict(verification)}
-    notes = [*prepared.notes, *notes_on(verification.activations)]
+    notes = [*prepared.notes, *notes_on(verification.activations), *rest_notes(rest)]
     if prepared.calibration is not None:
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:

@@ -8,10 +8,12 @@ from llmopt.calibrate.load import TO_FIT, load_text
 from llmopt.calibrate.text import built_in
 from llmopt.errors import UsageError
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
+from llmopt.pipeline.formats.hf import HF
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.ranks import Ranks
 from llmopt.pipeline.tuning import KERNELS, MEASURED
 from llmopt.precision.budget import Budget
+from llmopt.precision.short import check_dtype
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Override
 from llmopt.quantize.method import Method
@@ -40,6 +42,7 @@ class QuantizeRequest:
     revision: str | None = None
     trust_remote_code: bool = False
     format: str = ONNX.name
+    cast: str | None = None  # the dtype of what is not quantized, fp16 or bf16; None: that of the model, or float32
     kernels: str | None = None  # one of `KERNELS`; None: measured where the format leaves a choice
     seed: int = 0
     threads: int = 1
@@ -60,22 +63,37 @@ def require_measurable(request: QuantizeRequest) -> None:
         )
 
 
-def kernels_of(request: QuantizeRequest) -> str | None:
-    """How kernels are chosen; None for a format that says nothing of them.
+def kernels_of(asked: str | None, format_: str) -> str | None:
+    """How kernels are chosen, as far as that was asked for; None for a format that says nothing of them.
 
     Raises:
         UsageError: there is no such way, or there is nothing to choose.
     """
-    if request.kernels is not None and request.kernels not in KERNELS:
-        raise UsageError(f"there are no {request.kernels!r} kernels", hint=f"--kernels {' or '.join(KERNELS)}")
-    if request.format == ONNX.name:
-        return request.kernels or MEASURED
-    if request.kernels is not None:
+    if asked is not None and asked not in KERNELS:
+        raise UsageError(f"there are no {asked!r} kernels", hint=f"--kernels {' or '.join(KERNELS)}")
+    if format_ == ONNX.name:
+        return asked or MEASURED
+    if asked is not None:
         raise UsageError(
-            f"an artifact of format {request.format} names no kernels: its engine chooses them",
+            f"an artifact of format {format_} names no kernels: its engine chooses them",
             hint="leave --kernels out",
         )
     return None
+
+
+def require_castable(request: QuantizeRequest) -> None:
+    """See that the format has a dtype to choose for what is not quantized.
+
+    Raises:
+        UsageError: it has not, or there is no such dtype.
+    """
+    if request.cast is None:
+        return
+    check_dtype(request.cast)
+    if request.format != HF.name:
+        raise UsageError(
+            f"format {request.format} has one dtype for what is not quantized", hint=f"--format {HF.name}, or no --cast"
+        )
 
 
 def require_journal(request: QuantizeRequest) -> None:

@@ -8,6 +8,8 @@ from llmopt.errors import ArtifactError, ExitCode, UsageError
 from llmopt.measure.latency import LatencySettings
 from llmopt.pipeline.bench import BenchRequest, BenchSettings, bench
 from llmopt.pipeline.bench_checks import check_lengths
+from llmopt.pipeline.cast import execute_cast
+from llmopt.pipeline.cast_request import CastRequest, PreparedCast, prepare_cast
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.prepare import Prepared, prepare
 from llmopt.pipeline.quantize import execute
@@ -15,7 +17,7 @@ from llmopt.pipeline.request import QuantizeRequest
 from llmopt.precision.budget import parse_budget
 from llmopt.progress import Progress
 from llmopt.quantize.scheme import parse_scheme
-from llmopt.recipe import BenchStep, QuantizeStep, Recipe
+from llmopt.recipe import BenchStep, CastStep, QuantizeStep, Recipe, Step
 from llmopt.report.gates import exit_code, judge, parse_gate
 from llmopt.report.results import GateResult, Report
 
@@ -38,14 +40,14 @@ class RunOptions:
     force: bool = False
 
 
-def plan(recipe: Recipe, options: RunOptions, progress: Progress) -> list[Prepared]:
+def plan(recipe: Recipe, options: RunOptions, progress: Progress) -> list[Prepared | PreparedCast]:
     """Every step, its model found and its layers assigned; nothing is written and no weight is read.
 
     Raises:
         LlmoptError: a step cannot be done.
     """
     require_benchable(recipe)
-    prepared = [prepare(_request(recipe, step.quantize, options), progress) for step in recipe.steps]
+    prepared = [_prepared(recipe, step, options, progress) for step in recipe.steps]
     if recipe.bench is not None:
         settings = _bench_settings(recipe.bench, options)
         check_lengths(recipe.model, prepared[0].source.spec, settings)
@@ -65,7 +67,7 @@ def run(recipe: Recipe, options: RunOptions, progress: Progress) -> RunResult:
         if is_done(step, force=options.force):
             progress.say(f"{step.request.output} is there already, made from the same: kept")
         else:
-            execute(step, progress)
+            _execute(step, progress)
     artifacts = tuple(step.request.output for step in prepared)
     if recipe.bench is None:
         return RunResult(artifacts=artifacts, report=None, exit_code=ExitCode.DONE)
@@ -80,17 +82,21 @@ def require_benchable(recipe: Recipe) -> None:
     """See that what is to be measured can be opened here.
 
     Raises:
-        UsageError: a step writes a format that onnxruntime does not open.
+        UsageError: a step writes a format that onnxruntime does not open, nor transformers as it ships.
     """
-    other = next((step.quantize for step in recipe.steps if step.quantize.format != ONNX.name), None)
-    if recipe.bench is not None and other is not None:
+    if recipe.bench is None:
+        return
+    for step in recipe.steps:
+        if step.work.format == ONNX.name or (step.cast is not None and not recipe.bench.latency):
+            continue
+        alone = "" if step.cast is None else ", or measure accuracy alone: `latency: false`"
         raise UsageError(
-            f"bench measures in onnxruntime, and step {other.name} has format {other.format}",
-            hint=f"leave bench out, or write format {ONNX.name}",
+            f"bench measures in onnxruntime, and step {step.work.name} has format {step.work.format}",
+            hint=f"leave bench out, or write format {ONNX.name}{alone}",
         )
 
 
-def is_done(step: Prepared, *, force: bool) -> bool:
+def is_done(step: Prepared | PreparedCast, *, force: bool) -> bool:
     """Whether the step's artifact is there, whole, and made from the same by the same.
 
     Raises:
@@ -113,6 +119,37 @@ def is_done(step: Prepared, *, force: bool) -> bool:
     raise ArtifactError(what, where=str(output), hint="--force replaces it")
 
 
+def _prepared(recipe: Recipe, step: Step, options: RunOptions, progress: Progress) -> Prepared | PreparedCast:
+    if step.cast is not None:
+        return prepare_cast(_cast_request(recipe, step.cast, options), progress)
+    assert step.quantize is not None
+    return prepare(_request(recipe, step.quantize, options), progress)
+
+
+def _execute(step: Prepared | PreparedCast, progress: Progress) -> None:
+    if isinstance(step, PreparedCast):
+        execute_cast(step, progress)
+    else:
+        execute(step, progress)
+
+
+def _cast_request(recipe: Recipe, step: CastStep, options: RunOptions) -> CastRequest:
+    return CastRequest(
+        model=recipe.model,
+        output=Path(recipe.output) / step.name,
+        dtype=step.dtype,
+        tolerance=step.tolerance,
+        keep_fp32=step.keep_fp32,
+        calib=step.calib,
+        calib_tokens=step.calib_tokens,
+        format=step.format,
+        kernels=step.kernels,
+        seed=options.seed,
+        threads=options.threads,
+        force=options.force,
+    )
+
+
 def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> QuantizeRequest:
     return QuantizeRequest(
         model=recipe.model,
@@ -126,6 +163,7 @@ def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> Quantiz
         overrides=tuple((pattern, parse_scheme(scheme)) for pattern, scheme in step.overrides.items()),
         ignore=step.ignore,
         format=step.format,
+        cast=step.cast,
         kernels=step.kernels,
         seed=options.seed,
         threads=options.threads,
@@ -148,7 +186,9 @@ def _bench_settings(asked: BenchStep, options: RunOptions) -> BenchSettings:
     latency = LatencySettings(
         threads=options.threads, prompt_tokens=asked.prompt, output_tokens=asked.output, rounds=asked.rounds
     )
-    return BenchSettings(text=asked.text, tokens=asked.tokens, window=asked.window, latency=latency)
+    return BenchSettings(
+        text=asked.text, tokens=asked.tokens, window=asked.window, latency=latency if asked.latency else None
+    )
 
 
 def _judged(expression: str, candidate: str | None, report: Report) -> tuple[GateResult, ...]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmopt.engine.base import Logits, TokenIds
-from llmopt.engine.blocks import RotaryTables, block_forward, embed, head_logits
+from llmopt.engine.blocks import Apply, RotaryTables, block_forward, embed, head_logits
 from llmopt.engine.ort import LOGITS_AT, OrtEngine
 from llmopt.engine.segments import run_in_segments
 from llmopt.errors import VerificationError
@@ -120,7 +120,7 @@ class Reference:
         for index, hidden in enumerate(self.hidden):
             turn = self.tables.turn(block, 0, hidden.shape[1])
             self.hidden[index] = block_forward(block, floats(weights), hidden, turn, apply=self._apply(weights))
-            require_finite(self.hidden[index], f"behind block {block.index}")
+            self._require_finite(self.hidden[index], f"behind block {block.index}")
 
     def head(self, weights: Weights) -> None:
         """Keep what `logits` needs."""
@@ -135,11 +135,14 @@ class Reference:
         """
         weights = self.head_weights
         logits = head_logits(self.spec, floats(weights), self.hidden[index], apply=self._apply(weights))[0]
-        require_finite(logits, self.spec.head.name)
-        found: NDArray[np.float32] = logits.numpy()
+        self._require_finite(logits, self.spec.head.name)
+        found: NDArray[np.float32] = logits.float().numpy()
         return found
 
-    def _apply(self, weights: Weights) -> "partial[Tensor]":
+    def _require_finite(self, activations: Tensor, where: str) -> None:
+        require_finite(activations, where)
+
+    def _apply(self, weights: Weights) -> Apply:
         return partial(quantized_apply, weights, round_activations=self.round_activations, rounding=self.rounding)
 
 

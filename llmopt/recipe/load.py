@@ -109,10 +109,10 @@ def _check_names(recipe: Recipe, document: Document) -> None:
     names: list[str] = []
     for index, step in enumerate(recipe.steps):
         # Each is a folder's name, and not every disk tells upper case from lower.
-        if step.quantize.name.lower() in (name.lower() for name in names):
-            where = document.place(("steps", index, "quantize", "name"))
-            raise RecipeError(f"two steps are named {step.quantize.name!r}", where=str(where))
-        names.append(step.quantize.name)
+        if step.work.name.lower() in (name.lower() for name in names):
+            where = document.place(("steps", index, step.kind, "name"))
+            raise RecipeError(f"two steps are named {step.work.name!r}", where=str(where))
+        names.append(step.work.name)
     for index, gate in enumerate(recipe.gates):
         if gate.candidate is not None and gate.candidate not in names:
             where = document.place(("gates", index, "candidate"))
@@ -128,8 +128,8 @@ def _with_texts_found(recipe: Recipe, document: Document) -> Recipe:
     """The recipe with its paths to text made those of what is there."""
     steps = []
     for index, step in enumerate(recipe.steps):
-        calib = _found(step.quantize.calib, document.place(("steps", index, "quantize", "calib")))
-        steps.append(step.model_copy(update={"quantize": step.quantize.model_copy(update={"calib": calib})}))
+        calib = _found(step.work.calib, document.place(("steps", index, step.kind, "calib")))
+        steps.append(step.model_copy(update={step.kind: step.work.model_copy(update={"calib": calib})}))
     recipe = recipe.model_copy(update={"steps": tuple(steps)})
     if recipe.bench is None:
         return recipe

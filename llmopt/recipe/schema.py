@@ -127,15 +127,61 @@ class QuantizeStep(_Section):
     """Another scheme for the linears whose names match a pattern."""
     format: Literal["onnx", "hf", "gptq"] = "onnx"
     """What the artifact is written as: onnx for onnxruntime, hf for transformers, gptq for GPTQModel and vLLM."""
+    cast: Literal["fp16", "bf16"] | None = None
+    """With format hf, the dtype of what is not quantized, but for what that cannot hold. null: the model's."""
     kernels: Literal["measured", "default"] | None = None
     """How onnxruntime's kernels are chosen: measured, by what is fastest on this machine; default, for other machines.
+    null: measured where the format is onnx."""
+
+
+class CastStep(_Section):
+    """Cast the model to 16 bits, but for what these cannot hold; the artifact is a folder of the step's name."""
+
+    name: Name
+    """Names the artifact's folder, and the candidate in gates and reports."""
+    dtype: Literal["fp16", "bf16"]
+    """What modules get that bear it."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """How much of what a module gives may be lost, relative to its size, before it stays float32."""
+    keep_fp32: Many[str] = ()
+    """Patterns of modules that stay float32."""
+    calib: str | None = None
+    """Text whose activations are looked at: a file, relative to the recipe, or a Hugging Face dataset. null: llmopt's
+    own stories."""
+    calib_tokens: Count | None = None
+    """How much of it is read, in tokens. null: 4096."""
+    format: Literal["onnx", "hf"] = "onnx"
+    """What the artifact is written as: onnx for onnxruntime (fp16 alone), hf for transformers."""
+    kernels: Literal["measured", "default"] | None = None
+    """The pieces in which a prompt is read: measured, what is fastest on this machine; default, all at once.
     null: measured where the format is onnx."""
 
 
 class Step(_Section):
     """One step of work. Its only key says which."""
 
-    quantize: QuantizeStep
+    quantize: QuantizeStep | None = None
+    """Quantize the model."""
+    cast: CastStep | None = None
+    """Cast the model to 16 bits."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Step":
+        if len([work for work in (self.quantize, self.cast) if work is not None]) != 1:
+            raise PydanticCustomError("refused", "a step does one thing", {"hint": "quantize or cast"})
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The step's only key."""
+        return "cast" if self.quantize is None else "quantize"
+
+    @property
+    def work(self) -> QuantizeStep | CastStep:
+        """What stands under it."""
+        work = self.quantize or self.cast
+        assert work is not None
+        return work
 
 
 class BenchStep(_Section):
@@ -154,6 +200,8 @@ class BenchStep(_Section):
     """Tokens generated behind it."""
     rounds: Count = 5
     """Interleaved rounds, each in fresh processes. More rounds give narrower intervals."""
+    latency: bool = True
+    """Whether latency and memory are measured, which is for artifacts in onnxruntime."""
 
 
 class Gate(_Section):

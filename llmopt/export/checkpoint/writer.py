@@ -77,7 +77,7 @@ class CheckpointWriter:
                     self.files.write(name, values)
             else:
                 stored = weight.to(self.dtype_of(tensor))
-                assert torch.equal(stored.float(), weight), f"{tensor.name} is not {stored.dtype}"
+                assert torch.equal(stored.float(), weight.float()), f"{tensor.name} is not {stored.dtype}"
                 self.files.write(tensor.name, stored)
 
 

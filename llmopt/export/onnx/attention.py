@@ -1,6 +1,7 @@
 """Attention as nodes: one GroupQueryAttention a block, with packed inputs and the rotation inside where it can be."""
 
 import numpy as np
+from onnx import TensorProto
 
 from llmopt.errors import UnsupportedError
 from llmopt.export.onnx.graph import MICROSOFT, Graph
@@ -24,20 +25,22 @@ class AttentionWriter:
         self.graph = graph
         self.context_length = spec.context_length
         self.positions = positions
-        self.rotary_tables: dict[Rotary, tuple[str, str]] = {}
+        self.rotary_tables: dict[tuple[Rotary, bool], tuple[str, str]] = {}  # by whether they are float16, too
 
     def emit(self, index: int, attention: Attention, x: str, weights: Weights) -> str:
         """Attention and its output product, over the cache of block `index`."""
         scope = attention.output.name.rpartition(".")[0]
         inside = attention.rotary is not None and rotates_inside(attention, attention.rotary)
+        queries = self._queries(attention, scope, x, weights, inside=inside)
+        half = queries[0] in self.graph.half
         y = self.graph.node(
             "GroupQueryAttention",
             [
-                *self._queries(attention, scope, x, weights, inside=inside),
-                *(f"past_key_values.{index}.{kind}" for kind in ("key", "value")),
+                *queries,
+                *self._past(index, attention, half=half),
                 self.positions.last_int32,
                 self.positions.length_int32,
-                *(self._tables(attention.rotary) if attention.rotary is not None and inside else ()),
+                *(self._tables(attention.rotary, half=half) if attention.rotary is not None and inside else ()),
             ],
             f"{scope}.attention",
             outputs=[f"{scope}.attention/output", f"present.{index}.key", f"present.{index}.value"],
@@ -50,6 +53,12 @@ class AttentionWriter:
             **({} if attention.window is None else {"local_window_size": attention.window}),
         )
         return emit(self.graph, y, product(attention.output, weights))
+
+    def _past(self, index: int, attention: Attention, *, half: bool) -> list[str]:
+        """The cache of a block, in the dtype that its attention computes in."""
+        kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        shape: list[int | str] = ["batch_size", attention.kv_heads, "past_sequence_length", attention.head_dim]
+        return [self.graph.input(f"past_key_values.{index}.{each}", kind, shape) for each in ("key", "value")]
 
     def _queries(self, attention: Attention, scope: str, x: str, weights: Weights, *, inside: bool) -> list[str]:
         """The first three inputs: queries, keys and values in one, or each by itself where something is done to them.
@@ -81,7 +90,7 @@ class AttentionWriter:
         """The rotation as a node of its own, for heads that the one inside the attention kernel does not take."""
         return self.graph.node(
             "RotaryEmbedding",
-            [x, self.positions.first(), *self._tables(rotary)],
+            [x, self.positions.first(), *self._tables(rotary, half=x in self.graph.half)],
             f"{x}/rotated",
             domain=MICROSOFT,
             num_heads=heads,
@@ -89,14 +98,16 @@ class AttentionWriter:
             interleaved=0,
         )
 
-    def _tables(self, rotary: Rotary) -> tuple[str, str]:
+    def _tables(self, rotary: Rotary, *, half: bool) -> tuple[str, str]:
         """Tables of cosines and sines, written once for all blocks that share them."""
-        if rotary not in self.rotary_tables:
-            cos_TR, sin_TR = tables(rotary, supported_length(rotary, self.context_length), self.context_length)
+        key = (rotary, half)
+        if key not in self.rotary_tables:
+            found = tables(rotary, supported_length(rotary, self.context_length), self.context_length)
+            cos_TR, sin_TR = (table.astype(np.float16) for table in found) if half else found
             prefix = f"rotary.{len(self.rotary_tables)}"
             names = (self.graph.tensor(f"{prefix}.cos", cos_TR), self.graph.tensor(f"{prefix}.sin", sin_TR))
-            self.rotary_tables[rotary] = names
-        return self.rotary_tables[rotary]
+            self.rotary_tables[key] = names
+        return self.rotary_tables[key]
 
 
 def rotates_inside(attention: Attention, rotary: Rotary) -> bool:

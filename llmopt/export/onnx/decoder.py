@@ -1,7 +1,8 @@
 """The decoder as a graph, built from its `ModelSpec`: embedding, blocks in order, head.
 
 Each part is written as its weights come, so one block is in memory at a time. Weights are given under the names of
-the checkpoint, float tensors or `QuantizedWeight`s. Activations are float32.
+the checkpoint, float tensors or `QuantizedWeight`s. A product with a float16 tensor gives float16, all others float32;
+what is added or multiplied is float16 if both sides are. Between the two are Casts, and logits are float32.
 """
 
 from dataclasses import replace
@@ -43,29 +44,25 @@ class DecoderGraph:
         self.attention = AttentionWriter(self.graph, spec, self.positions)
 
     def _declare_inputs(self) -> None:
-        graph, attention = self.graph, self.spec.blocks[0].attention
+        graph = self.graph
         graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
         graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
         graph.like = "input_ids"
-        cache = (attention.kv_heads, attention.head_dim)
-        for index in range(len(self.spec.blocks)):
-            for kind in ("key", "value"):
-                past: list[int | str] = ["batch_size", cache[0], "past_sequence_length", cache[1]]
-                graph.input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, past)
 
     def embedding(self, weights: Weights) -> None:
         """Token embedding, its scale, and learned positions."""
         graph, embedding = self.graph, self.spec.embedding
         self.residual, self.table = emit_embedding(graph, embedding, weights[f"{embedding.name}.weight"])
         if embedding.scale != 1:
-            factor = graph.constant(np.float32(embedding.scale))
+            dtype = np.float16 if self.residual in graph.half else np.float32
+            factor = graph.constant(dtype(embedding.scale))
             self.residual = graph.node("Mul", [self.residual, factor], "embedding/scale")
         if embedding.positions is not None:
             table = as_float(weights[f"{embedding.positions.name}.weight"])
             rows = graph.tensor(f"{embedding.positions.name}.weight", table)
             where = self.positions.rows(embedding.positions.offset)
             position = graph.node("Gather", [rows, where], "embedding/positions", axis=0)
-            self.residual = graph.node("Add", [self.residual, position], "embedding/sum")
+            self.residual = graph.node("Add", graph.widest(self.residual, position), "embedding/sum")
 
     def block(self, block: Block, weights: Weights) -> None:
         """One block: attention and MLP, each normed before and added after."""
@@ -95,7 +92,7 @@ class DecoderGraph:
             outputs = halves
         y = self._activate(mlp, outputs[0], scope)
         if mlp.gated:
-            y = graph.node("Mul", [y, outputs[1]], f"{scope}.gated")
+            y = graph.node("Mul", graph.widest(y, outputs[1]), f"{scope}.gated")
         return emit(graph, y, product(mlp.down, weights))
 
     def _activate(self, mlp: Mlp, x: str, scope: str) -> str:
@@ -126,7 +123,7 @@ class DecoderGraph:
         head = replace(product(self.spec.head, weights), every_token=False)
         tied = self.spec.tied
         logits = emit_tied_head(graph, x, head, self.table) if tied else emit(graph, x, head)
-        graph.node("Identity", [logits], "logits", outputs=["logits"])
+        graph.node("Identity", [graph.cast(logits, half=False)], "logits", outputs=["logits"])
 
     def save(self, version: str) -> onnx.ModelProto:
         """Write the graph beside its data."""
@@ -135,8 +132,8 @@ class DecoderGraph:
         self.graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, self.spec.vocab_size])
         cache: list[int | str] = ["batch_size", attention.kv_heads, "total_sequence_length", attention.head_dim]
         for index in range(len(self.spec.blocks)):
-            for kind in ("key", "value"):
-                self.graph.output(f"present.{index}.{kind}", TensorProto.FLOAT, cache)
+            for name in (f"present.{index}.key", f"present.{index}.value"):
+                self.graph.output(name, self.graph.kind(name), cache)
         add_short_ways(self.graph)
         return self.graph.save(version)
 

@@ -60,6 +60,7 @@ def gather_channels(graph: Graph, embedding: Embedding, table: QuantizedWeight) 
 def emit_tied_head(graph: Graph, x: str, head: Product, tensors: tuple[str, ...]) -> str:
     """Logits from the bytes of the embedding, whose tensors these are."""
     if not isinstance(head.weight, QuantizedWeight):
+        x = graph.cast(x, half=tensors[0] in graph.half)
         logits = graph.node("FusedMatMul", [x, *tensors], head.name, domain=MICROSOFT, transB=1)
         return add_bias(graph, logits, head)
     if head.weight.scheme.activation_bits == 8:

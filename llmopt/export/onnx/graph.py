@@ -22,6 +22,7 @@ ALIGNMENT = 64
 OPSET = 21
 IR_VERSION = 10  # with opset 21 the newest that onnxruntime-genai 0.18's own builder relies on
 MICROSOFT = "com.microsoft"
+NEW_DTYPE = frozenset({"Cast", "Shape"})  # operators that do not give the dtype of their first input
 
 
 class DataFile:
@@ -76,6 +77,7 @@ class Graph:
         )
         self.nodes, self.outputs = self.model.graph.node, self.model.graph.output
         self.tensors: dict[str, TensorProto] = {}
+        self.half: set[str] = set()  # names of values and tensors that are float16; all other floats are float32
         # A value [batch, tokens, …] of as many tokens as all that is being computed, if it was said.
         self.like: str | None = None
 
@@ -92,6 +94,8 @@ class Graph:
         """Add a node. Without `outputs` it has one, named after the node."""
         names = list(outputs) or [f"{name}/output"]
         self.values.update(names)
+        if attributes.get("to") == TensorProto.FLOAT16 or (op not in NEW_DTYPE and inputs[0] in self.half):
+            self.half.update(names)
         self.nodes.append(helper.make_node(op, list(inputs), names, name=name, domain=domain, **attributes))
         return names[0]
 
@@ -99,7 +103,27 @@ class Graph:
         """Write a tensor to the data file."""
         assert name not in self.tensors, name
         self.tensors[name] = self.data.add(name, array)
+        return self._typed(name, array)
+
+    def _typed(self, name: str, array: NDArray[Any]) -> str:
+        if array.dtype == np.float16:
+            self.half.add(name)
         return name
+
+    def cast(self, x: str, *, half: bool) -> str:
+        """A float value in float16 or float32: itself, or what one Cast makes of it for all that ask."""
+        if (x in self.half) == half:
+            return x
+        name = f"{x}/{'float16' if half else 'float32'}"
+        if name not in self.values:
+            to = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+            self.node("Cast", [x], name, outputs=[name], to=to)
+        return name
+
+    def widest(self, *names: str) -> tuple[str, ...]:
+        """Values as they are added or multiplied: all float16, or all float32."""
+        half = all(name in self.half for name in names)
+        return tuple(self.cast(name, half=half) for name in names)
 
     def alias(self, name: str, of: str, shape: Sequence[int]) -> str:
         """Another view of a tensor that is written already: the same bytes on disk, another shape."""
@@ -114,7 +138,11 @@ class Graph:
         array = np.asarray(value)
         name = name or f"constant/{array.dtype}{list(array.shape)}/{'_'.join(map(str, array.ravel().tolist()))}"
         self.tensors.setdefault(name, numpy_helper.from_array(array, name))
-        return name
+        return self._typed(name, array)
+
+    def kind(self, name: str) -> int:
+        """The type of a float value, as graphs name it."""
+        return TensorProto.FLOAT16 if name in self.half else TensorProto.FLOAT
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
         """Declare an input of the graph."""

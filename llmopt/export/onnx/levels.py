@@ -5,18 +5,42 @@ from onnx import ModelProto, NodeProto, helper
 
 from llmopt.export.onnx.one_token import without_short_ways
 
+HALF = onnx.TensorProto.FLOAT16
+
 
 def in_float32(model: ModelProto, *, integers: bool = False) -> ModelProto:
     """Rewrite a graph, in place, to what it would compute with activations in float32, over the same data file.
 
     MatMulNBits goes to accuracy level 0. Unless `integers` stay, an integer product becomes a float one of the same
-    codes, and the codes of its activations the values that they are rounded from.
+    codes, and the codes of its activations the values that they are rounded from. What is float16 is widened where it
+    is read.
     """
     model = without_short_ways(model)
+    half = {tensor.name for tensor in model.graph.initializer if tensor.data_type == HALF}
     nodes = [replacement for node in model.graph.node for replacement in _in_float32(node, integers=integers)]
+    nodes = [replacement for node in nodes for replacement in _widened(node, half)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == HALF:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     return model
+
+
+def _widened(node: NodeProto, half: set[str]) -> list[NodeProto]:
+    """A node over what tensors of float16 are in float32; and no Cast to float16."""
+    if node.op_type == "Cast":
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == HALF:
+                attribute.i = onnx.TensorProto.FLOAT
+        return [node]
+    casts = []
+    for place, name in enumerate(node.input):
+        if name in half:
+            wide = f"{node.name}/{place}/float32"
+            casts.append(helper.make_node("Cast", [name], [wide], to=onnx.TensorProto.FLOAT))
+            node.input[place] = wide
+    return [*casts, node]
 
 
 def _in_float32(node: NodeProto, *, integers: bool) -> list[NodeProto]:

@@ -19,6 +19,8 @@ from llmopt.quantize.weights import QuantizedWeight, stack_rows
 class Product:
     """y = x Wᵀ + b with its weight as found: float [out, in], or quantized.
 
+    It is computed in the dtype of a float weight, float32 or float16, which its bias has too.
+
     `every_token` says whether x is all of a prompt, or its last token alone.
     """
 
@@ -55,6 +57,7 @@ def emit(graph: Graph, x: str, product: Product) -> str:
     """Write one product's tensors and nodes; gives the name of y."""
     if not isinstance(product.weight, QuantizedWeight):
         weight = graph.tensor(f"{product.name}.weight", product.weight.T.contiguous().numpy())
+        x = graph.cast(x, half=weight in graph.half)
         return add_bias(graph, graph.node("MatMul", [x, weight], product.name), product)
     if product.weight.scheme.activation_bits == 8:
         codes = write_columns(graph, product.name, product.weight)

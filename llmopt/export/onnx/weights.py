@@ -1,6 +1,7 @@
 """Weights as they are given to the graph: under the names of the checkpoint, float or quantized."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,10 @@ from llmopt.quantize.weights import QuantizedWeight
 Weights = Mapping[str, Tensor | QuantizedWeight]
 
 
-def as_float(tensor: Tensor | QuantizedWeight) -> NDArray[np.float32]:
-    """A tensor that no scheme applies to."""
+def as_float(tensor: Tensor | QuantizedWeight) -> NDArray[np.floating[Any]]:
+    """A tensor that no scheme applies to, float32 or float16."""
     assert not isinstance(tensor, QuantizedWeight)
-    values: NDArray[np.float32] = tensor.numpy()
+    values: NDArray[np.floating[Any]] = tensor.numpy()
     return values
 
 

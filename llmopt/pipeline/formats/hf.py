@@ -16,7 +16,7 @@ from llmopt.errors import ArtifactError, UnsupportedError, UsageError, Verificat
 from llmopt.export.checkpoint import compressed_tensors
 from llmopt.export.checkpoint.compressed_tensors import CompressedTensors, quantization_config
 from llmopt.export.checkpoint.rules import require_linears
-from llmopt.export.checkpoint.writer import CheckpointWriter, entries
+from llmopt.export.checkpoint.writer import CheckpointWriter, DtypeOf, entries
 from llmopt.model.source import CONFIG, ModelSource
 from llmopt.model.spec import Block, ModelSpec
 from llmopt.pipeline.calibration import Weights
@@ -31,6 +31,8 @@ from llmopt.pipeline.verify import (
     compare,
     require,
 )
+from llmopt.precision.cast import CastPlan, module_of
+from llmopt.precision.short import FP32, WORDS
 from llmopt.progress import Progress
 from llmopt.quantize.assign import TableRule
 from llmopt.quantize.execute import Rounding, round_rows_symmetric
@@ -48,7 +50,14 @@ FLOAT_TABLES = TableRule(scheme=None, reason="the format hf keeps the embedding 
 
 @dataclass(frozen=True, kw_only=True)
 class Hf:
-    """The format `hf`."""
+    """The format `hf`. With `cast` what is not quantized is of that dtype, but for what its plan keeps in float32.
+
+    transformers has one dtype for all floats: where something is kept, or a quantized linear would overflow, the config
+    says float32.
+    """
+
+    cast: str | None = None
+    plan: CastPlan | None = None  # of the cast, once it was made
 
     name: str = "hf"
     engine: str = "transformers"
@@ -58,13 +67,24 @@ class Hf:
 
     def scales(self, spec: ModelSpec) -> ScaleRule:
         """Positive, and in the model's dtype."""
-        return ScaleRule(signed=False, dtype=DTYPES[spec.dtype])
+        return ScaleRule(signed=False, dtype=self.dtype(spec))
+
+    def dtype(self, spec: ModelSpec) -> torch.dtype:
+        """Of scales, and of what is not quantized."""
+        return DTYPES[spec.dtype if self.cast is None else WORDS[self.cast]]
+
+    def wide(self, spec: ModelSpec) -> frozenset[str]:
+        """The tensors that stay float32."""
+        if self.plan is None:
+            return frozenset()
+        kept = {choice.name for choice in self.plan.kept}
+        return frozenset(tensor.name for tensor in spec.tensors() if module_of(spec, tensor.name) in kept)
 
     def check(self, spec: ModelSpec) -> None:
         """See that the package is there, that linears are Linear modules, and that the dtype can be stored."""
         require_package()
         require_linears(spec, self.name)
-        if spec.dtype not in DTYPES:
+        if self.cast is None and spec.dtype not in DTYPES:
             raise UnsupportedError(
                 f"the config says dtype {spec.dtype}, and format {self.name} has {', '.join(DTYPES)}",
                 hint="--format onnx",
@@ -79,8 +99,8 @@ class Hf:
 
     def estimated_bytes(self, spec: ModelSpec, assignments: Assignments) -> int:
         """Every tensor; only the header is left out."""
-        dtype = DTYPES[spec.dtype]
-        found = entries(spec, _schemes(spec, assignments), CompressedTensors(dtype), lambda tensor: dtype)
+        dtype, wide = self.dtype(spec), self.wide(spec)
+        found = entries(spec, _schemes(spec, assignments), CompressedTensors(dtype), dtypes(dtype, wide))
         return sum(entry.size_bytes for entry in found)
 
     def verification_bytes(
@@ -94,14 +114,17 @@ class Hf:
         """The model's config with what was quantized and how, and the dtype of the rest said outright."""
         own = {name: value for name, value in source.config.items() if name != "torch_dtype"}
         found = quantization_config(source.spec, assignments)
-        write_json(folder / CONFIG, own | {"dtype": source.spec.dtype, "quantization_config": found})
+        word = source.spec.dtype
+        if self.cast is not None:
+            word = WORDS[FP32 if self.plan is not None and self.plan.kept else self.cast]
+        write_json(folder / CONFIG, own | {"dtype": word, "quantization_config": found})
 
     def writer(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> "HfWriter":
         """Begin the files."""
-        dtype = DTYPES[spec.dtype]
+        dtype, wide = self.dtype(spec), self.wide(spec)
         packing = CompressedTensors(dtype)
-        files = CheckpointWriter(folder, spec, _schemes(spec, assignments), packing, lambda tensor: dtype)
-        return HfWriter(files, dtype)
+        files = CheckpointWriter(folder, spec, _schemes(spec, assignments), packing, dtypes(dtype, wide))
+        return HfWriter(files, dtype, wide)
 
     def verify(self, folder: Path, references: References, threads: int, progress: Progress) -> Verification:
         """Open the folder as its users do, but in float32: what is stored in 16 bits is widened without loss.
@@ -144,6 +167,11 @@ class HfWriter(RoundingWriter):
         if isinstance(weight, QuantizedWeight) and not weight.scheme.symmetric:
             return weight.dequantize().to(self.dtype).float()
         return weight
+
+
+def dtypes(dtype: torch.dtype, wide: frozenset[str]) -> DtypeOf:
+    """The dtype of each tensor that is not quantized: one, but for some that stay float32."""
+    return lambda tensor: torch.float32 if tensor.name in wide else dtype
 
 
 def _require_ranges_per_token(spec: ModelSpec, assignments: Assignments) -> None:

@@ -21,6 +21,7 @@ class RoundingWriter:
 
     files: CheckpointWriter
     dtype: torch.dtype
+    wide: frozenset[str] = frozenset()  # tensors that stay float32
 
     def embedding(self, weights: Weights) -> Weights:
         """See `Writer`."""
@@ -54,6 +55,8 @@ class RoundingWriter:
     def _stored(self, name: str, weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
         if isinstance(weight, QuantizedWeight):
             _require_within(name, float(weight.scales_OG.abs().max()) * weight.scheme.levels / 2, self.dtype)
+            return weight
+        if name in self.wide:
             return weight
         _require_within(name, float(weight.abs().max()), self.dtype)
         return weight.to(self.dtype).float()
