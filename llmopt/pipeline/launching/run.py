@@ -1,0 +1,52 @@
+"""From a job to its outcome: in one rank, and in all ranks of this machine."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from llmopt.errors import LlmoptError
+from llmopt.model.checkpoint import open_checkpoint
+from llmopt.model.source import open_source
+from llmopt.partition.runtime.layout import Seat
+from llmopt.partition.runtime.schedule import Stage
+from llmopt.partition.runtime.stage import DecoderStage
+from llmopt.partition.runtime.wire import Wire
+from llmopt.pipeline.launching.job import Job, write_job
+from llmopt.pipeline.launching.outcome import read_outcome
+from llmopt.pipeline.launching.rank import Outcome, run_rank
+from llmopt.pipeline.launching.supervise import run_processes
+
+
+def run_job(job: Job, *, pinned: bool = True) -> Outcome:
+    """Start the ranks of a job on this machine, and wait for what they find.
+
+    Raises:
+        LlmoptError: one of them failed, died, or did not get on; it is named, and all have ended.
+    """
+    with TemporaryDirectory(prefix="llmopt-launch-") as name:
+        folder = Path(name)
+        (folder / "failures").mkdir()
+        write_job(job, folder / "job.json")
+        module = "llmopt.pipeline.launching.worker"
+        command = [sys.executable, "-m", module, str(folder / "job.json"), str(folder / "outcome.safetensors")]
+        run_processes(job.layout, command, folder / "failures", job.timeout_s, pinned=pinned)
+        return read_outcome(folder / "outcome.safetensors")
+
+
+def outcome_of(job: Job, fail: Callable[[LlmoptError], None]) -> Outcome | None:
+    """What this process, one rank of several, does of a job; see `run_rank`."""
+    source = open_source(job.model, revision=job.revision)
+
+    def build(seat: Seat, wire: Wire, device: torch.device, advance: Callable[[], None]) -> tuple[Stage, int]:
+        weights = {}
+        with open_checkpoint(source) as checkpoint:
+            for cut in DecoderStage.cuts(source.spec, job.layout, seat):
+                weights[cut.tensor.name] = cut.read(checkpoint).to(device)
+                advance()
+        stage = DecoderStage(source.spec, job.layout, seat, weights, wire, capacity=job.capacity, device=device)
+        return stage, sum(weight.nbytes for weight in weights.values())
+
+    return run_rank(job, build, fail)
