@@ -39,5 +39,4 @@ def _rank(rank, size, port, folder):
 
 
 def _fail(error):
-    print(error, flush=True)
-    os._exit(1)
+    os._exit(error.exit_code)

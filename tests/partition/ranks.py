@@ -62,7 +62,7 @@ class ThreadWire:
         pass
 
 
-def generate_in_threads(spec, tensors, layout, ids_BT, output, cut):
+def generate_in_threads(spec, tensors, layout, ids_BT, *, output, cut):
     """(new tokens [B, T], their logits [B, T, V]) of all ranks together."""
     post = Post(layout)
 

@@ -24,7 +24,7 @@ def ids(batch):
 
 def require_exact(spec, layout, *, batch=2, cut=MicroBatches()):  # noqa: B008 (frozen)
     saved = random_weights(spec)
-    tokens_BT, logits_BTV = generate_in_threads(spec, saved, layout, ids(batch), OUTPUT, cut)
+    tokens_BT, logits_BTV = generate_in_threads(spec, saved, layout, ids(batch), output=OUTPUT, cut=cut)
     whole_BT = torch.cat([ids(batch), tokens_BT], 1).numpy()
     expected_BTV = torch.from_numpy(TorchEngine(spec, saved).logits(whole_BT))[:, PROMPT - 1 : -1]
     torch.testing.assert_close(logits_BTV, expected_BTV, atol=1e-4, rtol=0)

@@ -1,7 +1,8 @@
 """Ranks that watch each other, so that one that dies or hangs ends all, by its name, within a time that was promised.
 
 A thread of each rank tells the others through the store of torch.distributed how far it is. One whose thread is silent
-has stopped; one that goes on computing without getting anywhere hangs. One that waits is never at fault.
+has stopped; one that goes on computing without getting anywhere hangs. One that waits is never at fault. The store is
+kept by the first rank, and whoever asks it waits for as long as it takes: a second thread sees to that.
 """
 
 import json
@@ -12,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from llmopt.errors import LlmoptError
@@ -41,26 +41,33 @@ class Watch(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name="llmopt-watch")
         self._store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: it never waits for the first
-        self._store.set_timeout(timedelta(seconds=timeout_s))
         self._layout, self._rank, self._trace = layout, rank, trace
         self._timeout_s, self._fail = timeout_s, fail
         self._done = threading.Event()
         self._seen = {other: ("", time.monotonic()) for other in range(layout.size) if other != rank}
         self._progress = dict(self._seen)
+        self._pause_s = min(_LONGEST_PAUSE_S, timeout_s / _BEATS_PER_TIMEOUT)
+        self._answered_s = time.monotonic()
 
     def run(self) -> None:
         """Tell, and look, at every beat."""
+        threading.Thread(target=self._watch_store, daemon=True, name="llmopt-watch-store").start()
         beats = 0
-        pause_s = min(_LONGEST_PAUSE_S, self._timeout_s / _BEATS_PER_TIMEOUT)
-        while not self._done.wait(pause_s):
+        while not self._done.wait(self._pause_s):
+            self._answered_s = time.monotonic()
             beats += 1
             try:
                 self._tell(beats)
                 found = self._look()
             except RuntimeError:  # the store went with its process
-                found = None if self._done.is_set() else self._error(0, "has ended, or does not answer")
+                found = None if self._done.is_set() else self._error(0, "has ended, or cannot be reached")
             if found is not None and not self._done.is_set():
                 self._fail(found)
+
+    def _watch_store(self) -> None:
+        while not self._done.wait(self._pause_s):
+            if time.monotonic() - self._answered_s > self._timeout_s:
+                self._fail(self._error(0, f"has not answered for {self._timeout_s:g} s"))
 
     def stop(self) -> None:
         """No longer: the others may end now."""

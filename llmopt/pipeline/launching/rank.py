@@ -25,6 +25,8 @@ from llmopt.pipeline.launching.job import Job
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
+_MEETING = timedelta(minutes=1)  # between the first that has started and the last: a cold disk is slow to import torch
+
 Fail = Callable[[LlmoptError], None]
 Build = Callable[[Seat, Wire, torch.device, Callable[[], None]], tuple[Stage, int]]
 
@@ -137,7 +139,7 @@ def _joined(layout: Layout, job: Job, trace: Trace, fail: Fail) -> Iterator[tupl
 def _connect(layout: Layout, timeout_s: float) -> tuple["Store", int, torch.device]:
     patience = timedelta(seconds=timeout_s)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=patience))
+        store, rank, size = next(rendezvous("env://", timeout=max(patience, _MEETING)))
         if size != layout.size:
             raise LlmoptError(
                 f"{size} processes were started, and the plan has {layout.size} ranks",
@@ -147,7 +149,7 @@ def _connect(layout: Layout, timeout_s: float) -> tuple["Store", int, torch.devi
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=2 * patience)
     except RuntimeError as error:
         raise LlmoptError(
-            f"the ranks do not find each other within {timeout_s:g} s: {error}",
+            f"the ranks do not find each other: {error}",
             hint="GLOO_SOCKET_IFNAME names the network interface to use",
         ) from error
     return store, rank, _device()

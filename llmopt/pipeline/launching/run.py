@@ -1,15 +1,18 @@
 """From a job to its outcome: in one rank, and in all ranks of this machine."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from llmopt.errors import LlmoptError
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import open_source
+from llmopt.partition.runtime.cut import Cut
 from llmopt.partition.runtime.layout import Seat
 from llmopt.partition.runtime.schedule import Stage
 from llmopt.partition.runtime.stage import DecoderStage
@@ -17,6 +20,7 @@ from llmopt.partition.runtime.wire import Wire
 from llmopt.pipeline.launching.job import Job, write_job
 from llmopt.pipeline.launching.outcome import read_outcome
 from llmopt.pipeline.launching.rank import Outcome, run_rank
+from llmopt.pipeline.launching.shards import Shard
 from llmopt.pipeline.launching.supervise import run_processes
 
 
@@ -38,15 +42,24 @@ def run_job(job: Job, *, pinned: bool = True) -> Outcome:
 
 def outcome_of(job: Job, fail: Callable[[LlmoptError], None]) -> Outcome | None:
     """What this process, one rank of several, does of a job; see `run_rank`."""
-    source = open_source(job.model, revision=job.revision)
+    spec = open_source(job.shards or job.model, revision=job.revision, weights=False).spec
 
     def build(seat: Seat, wire: Wire, device: torch.device, advance: Callable[[], None]) -> tuple[Stage, int]:
         weights = {}
-        with open_checkpoint(source) as checkpoint:
-            for cut in DecoderStage.cuts(source.spec, job.layout, seat):
-                weights[cut.tensor.name] = cut.read(checkpoint).to(device)
+        with _reading(job, seat) as read:
+            for cut in DecoderStage.cuts(spec, job.layout, seat):
+                weights[cut.tensor.name] = read(cut).to(device)
                 advance()
-        stage = DecoderStage(source.spec, job.layout, seat, weights, wire, capacity=job.capacity, device=device)
+        stage = DecoderStage(spec, job.layout, seat, weights, wire, capacity=job.capacity, device=device)
         return stage, sum(weight.nbytes for weight in weights.values())
 
     return run_rank(job, build, fail)
+
+
+@contextmanager
+def _reading(job: Job, seat: Seat) -> Iterator[Callable[[Cut], Tensor]]:
+    if job.shards is not None:
+        yield Shard(Path(job.shards), job.layout, job.plan_hash, seat.rank).read
+        return
+    with open_checkpoint(open_source(job.model, revision=job.revision)) as checkpoint:
+        yield lambda cut: cut.read(checkpoint)
