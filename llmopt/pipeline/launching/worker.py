@@ -3,10 +3,11 @@
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from llmopt.errors import ExitCode, LlmoptError
+from llmopt.errors import ExitCode, LlmoptError, debugging
 
 
 def main() -> int:
@@ -29,6 +30,12 @@ def main() -> int:
     except LlmoptError as error:
         say_why(error, lost=isinstance(error, LostError))
         return error.exit_code
+    except Exception as error:
+        if debugging():
+            traceback.print_exc()
+        what = "out of memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+        say_why(LlmoptError(what, where=f"rank {os.environ['RANK']}", hint="--debug shows the traceback"))
+        return ExitCode.FAILED
     if outcome is not None:
         write_outcome(outcome, outcome_path)
     return ExitCode.DONE
