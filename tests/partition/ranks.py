@@ -64,15 +64,23 @@ class ThreadWire:
 
 def generate_in_threads(spec, tensors, layout, ids_BT, *, output, cut):
     """(new tokens [B, T], their logits [B, T, V]) of all ranks together."""
+
+    def build(seat, wire):
+        weights = {piece.tensor.name: piece.read(tensors) for piece in DecoderStage.cuts(spec, layout, seat)}
+        capacity = ids_BT.shape[1] + output
+        return DecoderStage(spec, layout, seat, weights, wire, capacity=capacity, device=torch.device("cpu"))
+
+    return generate_with(build, layout, ids_BT, output=output, cut=cut)
+
+
+def generate_with(build, layout, ids_BT, *, output, cut):
+    """The same of stages that `build(seat, wire)` makes."""
     post = Post(layout)
 
     def work(rank):
         seat = layout.seat(rank)
         wire = ThreadWire(layout, seat, post)
-        weights = {piece.tensor.name: piece.read(tensors) for piece in DecoderStage.cuts(spec, layout, seat)}
-        stage = DecoderStage(
-            spec, layout, seat, weights, wire, capacity=ids_BT.shape[1] + output, device=torch.device("cpu")
-        )
+        stage = build(seat, wire)
         with torch.inference_mode():
             return Pipeline(stage, wire, Trace()).generate(ids_BT, output, cut, keep_logits=True)
 

@@ -47,6 +47,9 @@ class MicroBatches:
         return self.sequences * self.tokens
 
 
+WHOLE = MicroBatches()
+
+
 def micro_batches(count: int, batch: int, prompt: int) -> MicroBatches:
     """So many micro-batches: of whole sequences as far as there are enough, and else of parts of prompts.
 

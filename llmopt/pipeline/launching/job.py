@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from llmopt.partition.runtime.layout import Layout
+from llmopt.partition.runtime.schedule import WHOLE, MicroBatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +20,7 @@ class Job:
     layout: Layout
     ids_BT: tuple[tuple[int, ...], ...]
     output: int
-    micro_batches: int = 1
+    cut: MicroBatches = WHOLE
     rounds: int = 1
     keep_logits: bool = False
     timeout_s: float = 60.0

@@ -15,6 +15,7 @@ from llmopt.model.parallel import tensor_parallel, tensor_parallel_degrees
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import ModelSource, open_source
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.partition.runtime.schedule import micro_batches
 from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.planned import Planned, read_plan
 from llmopt.pipeline.launching.rank import Outcome
@@ -73,7 +74,7 @@ def launch(request: LaunchRequest, progress: Progress, fail: Callable[[LlmoptErr
         layout=plan.layout,
         ids_BT=ids_BT,
         output=plan.workload.output,
-        micro_batches=plan.micro_batches,
+        cut=micro_batches(plan.micro_batches, len(ids_BT), len(ids_BT[0])),
         rounds=request.rounds,
         keep_logits=request.verify,
         timeout_s=request.timeout_s,

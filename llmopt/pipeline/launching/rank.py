@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from llmopt.errors import LlmoptError
 from llmopt.measure.memory import peak_rss_bytes, resident_bytes
 from llmopt.partition.runtime.layout import Layout, Seat
-from llmopt.partition.runtime.schedule import Generated, Pipeline, Stage, micro_batches
+from llmopt.partition.runtime.schedule import Generated, Pipeline, Stage
 from llmopt.partition.runtime.trace import Spent, Trace
 from llmopt.partition.runtime.watch import Watch
 from llmopt.partition.runtime.wire import Wire
@@ -94,14 +94,13 @@ def run_rank(job: Job, build: Build, fail: Fail) -> Outcome | None:
 
 def _rounds(pipeline: Pipeline, trace: Trace, job: Job, device: torch.device) -> tuple[tuple[Round, ...], Generated]:
     ids_BT = torch.tensor(job.ids_BT, dtype=torch.int64, device=device)
-    cut = micro_batches(job.micro_batches, *ids_BT.shape)
     rounds = []
     for number in range(job.rounds + 1):
         with trace.wait_for("the other ranks"):
             dist.barrier()
         trace.phases = [Spent()]
         keep = job.keep_logits and number == job.rounds
-        generated = pipeline.generate(ids_BT, job.output, cut, keep_logits=keep)
+        generated = pipeline.generate(ids_BT, job.output, job.cut, keep_logits=keep)
         rounds.append(Round(ended_s=generated.ended_s, phases=tuple(trace.phases)))
     return tuple(rounds[1:]), generated
 
@@ -152,10 +151,11 @@ def _connect(layout: Layout, timeout_s: float) -> tuple["Store", int, torch.devi
             f"the ranks do not find each other: {error}",
             hint="GLOO_SOCKET_IFNAME names the network interface to use",
         ) from error
-    return store, rank, _device()
+    return store, rank, rank_device()
 
 
-def _device() -> torch.device:
+def rank_device() -> torch.device:
+    """The GPU of this rank; a CPU where there is none."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     return torch.device("cuda", local) if local < torch.cuda.device_count() else torch.device("cpu")
 

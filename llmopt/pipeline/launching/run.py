@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from llmopt.errors import LlmoptError
 from llmopt.model.checkpoint import open_checkpoint
+from llmopt.model.recurrent import is_recurrent, recurrent_spec
 from llmopt.model.source import open_source
 from llmopt.partition.runtime.cut import Cut
 from llmopt.partition.runtime.layout import Seat
+from llmopt.partition.runtime.recurrent import RecurrentStage
 from llmopt.partition.runtime.schedule import Stage
 from llmopt.partition.runtime.stage import DecoderStage
 from llmopt.partition.runtime.wire import Wire
@@ -42,6 +45,8 @@ def run_job(job: Job, *, pinned: bool = True) -> Outcome:
 
 def outcome_of(job: Job, fail: Callable[[LlmoptError], None]) -> Outcome | None:
     """What this process, one rank of several, does of a job; see `run_rank`."""
+    if is_recurrent(job.model):
+        return run_rank(job, partial(_recurrent_stage, job), fail)
     spec = open_source(job.shards or job.model, revision=job.revision, weights=False).spec
 
     def build(seat: Seat, wire: Wire, device: torch.device, advance: Callable[[], None]) -> tuple[Stage, int]:
@@ -54,6 +59,13 @@ def outcome_of(job: Job, fail: Callable[[LlmoptError], None]) -> Outcome | None:
         return stage, sum(weight.nbytes for weight in weights.values())
 
     return run_rank(job, build, fail)
+
+
+def _recurrent_stage(
+    job: Job, seat: Seat, wire: Wire, device: torch.device, advance: Callable[[], None]
+) -> tuple[Stage, int]:
+    stage = RecurrentStage(recurrent_spec(job.model), job.layout, seat)
+    return stage, stage.weight_bytes
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from llmopt.engine.torch import TorchEngine
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import open_source
+from llmopt.partition.runtime.schedule import micro_batches
 from llmopt.pipeline.launching.job import Job
 from tests.forked import run_forked
 from tests.partition.ranks import layout_of
@@ -15,7 +16,7 @@ OUTPUT = 4
 
 
 @pytest.mark.parametrize(
-    ("stages", "micro_batches"),
+    ("stages", "count"),
     [
         (((3, 1), (1, 1)), 2),
         (((1, 1), (2, 1), (1, 1)), 1),
@@ -25,13 +26,13 @@ OUTPUT = 4
         (((1, 2), (3, 2)), 2),
     ],
 )
-def test_launched_tokens_and_logits_are_those_of_a_single_process(six_heads, tmp_path, stages, micro_batches):
+def test_launched_tokens_and_logits_are_those_of_a_single_process(six_heads, tmp_path, stages, count):
     job = Job(
         model=str(six_heads),
         layout=layout_of(*stages),
         ids_BT=PROMPTS,
         output=OUTPUT,
-        micro_batches=micro_batches,
+        cut=micro_batches(count, len(PROMPTS), len(PROMPTS[0])),
         keep_logits=True,
         timeout_s=30,
     )
