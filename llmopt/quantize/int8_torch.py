@@ -9,6 +9,7 @@ to remove: oneDNN's, which stays, takes six times as long for a single row witho
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,10 +43,14 @@ class Int8Product:
         self._sums_O = codes_OI.sum(1, dtype=torch.int32).float()
         self.nbytes = codes_OI.nbytes + self._scales_O.nbytes + self._sums_O.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The product of rounded activations, [..., in] to [..., out], without a bias."""
-        low = x.amin(-1, keepdim=True).clamp_max(0)
-        high = x.amax(-1, keepdim=True).clamp_min(SMALLEST_TOP)
+    def __call__(self, x: Tensor, agree: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The product of rounded activations, [..., in] to [..., out], without a bias.
+
+        Where these are only some of the inputs, `agree` gives the largest of these values, [..., 2], of all of them.
+        """
+        ends = torch.cat([-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)], -1)
+        ends = ends if agree is None else agree(ends)
+        low, high = -ends[..., :1].clamp_min(0), ends[..., 1:].clamp_min(SMALLEST_TOP)
         step = (low - high) * (-1 / TOP)
         zero = (low / (low - high) / (1 / TOP)).round()
         codes = ((x / step).round_() + zero).clamp_(0, TOP)

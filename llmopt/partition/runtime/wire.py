@@ -50,6 +50,13 @@ class Wire:
             dist.all_reduce(values, group=self._group)
         return values
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each value over the ranks of this stage, in the place of `values`."""
+        values = values.contiguous()
+        with self._trace.adding(values.nbytes):
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        return values
+
     def gather(self, values: Tensor) -> Tensor:
         """What all ranks of this stage have, one shape for all, along a new first axis."""
         if self._degree == 1:

@@ -1,6 +1,7 @@
 """What every rank of a launch is told, as one JSON file."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -14,6 +15,7 @@ class Job:
     """Generate `output` tokens behind each row of `ids_BT`, `rounds` times after one that is not measured.
 
     Weights come from `model`, or from the shards in the folder `shards`, which were made for the plan `plan_hash`.
+    `schemes` names that of each linear which is quantized as it is read.
     """
 
     model: str
@@ -27,6 +29,7 @@ class Job:
     revision: str | None = None
     shards: str | None = None
     plan_hash: str = ""
+    schemes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def capacity(self) -> int:

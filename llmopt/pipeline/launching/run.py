@@ -15,6 +15,7 @@ from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.recurrent import is_recurrent, recurrent_spec
 from llmopt.model.source import open_source
 from llmopt.partition.runtime.cut import Cut
+from llmopt.model.spec import ModelSpec
 from llmopt.partition.runtime.layout import Seat
 from llmopt.partition.runtime.recurrent import RecurrentStage
 from llmopt.partition.runtime.schedule import Stage
@@ -25,6 +26,7 @@ from llmopt.pipeline.launching.outcome import read_outcome
 from llmopt.pipeline.launching.rank import Outcome, run_rank
 from llmopt.pipeline.launching.shards import Shard
 from llmopt.pipeline.launching.supervise import run_processes
+from llmopt.pipeline.launching.weights import parse_schemes, rank_linears, read_weights
 
 
 def run_job(job: Job, *, pinned: bool = True) -> Outcome:
@@ -49,16 +51,27 @@ def outcome_of(job: Job, fail: Callable[[LlmoptError], None]) -> Outcome | None:
         return run_rank(job, partial(_recurrent_stage, job), fail)
     spec = open_source(job.shards or job.model, revision=job.revision, weights=False).spec
 
-    def build(seat: Seat, wire: Wire, device: torch.device, advance: Callable[[], None]) -> tuple[Stage, int]:
-        weights = {}
-        with _reading(job, seat) as read:
-            for cut in DecoderStage.cuts(spec, job.layout, seat):
-                weights[cut.tensor.name] = read(cut).to(device)
-                advance()
-        stage = DecoderStage(spec, job.layout, seat, weights, wire, capacity=job.capacity, device=device)
-        return stage, sum(weight.nbytes for weight in weights.values())
+    return run_rank(job, partial(_decoder_stage, job, spec), fail)
 
-    return run_rank(job, build, fail)
+
+def _decoder_stage(
+    job: Job, spec: ModelSpec, seat: Seat, wire: Wire, device: torch.device, advance: Callable[[], None]
+) -> tuple[Stage, int]:
+    with _reading(job, seat) as read:
+        cuts = DecoderStage.cuts(spec, job.layout, seat)
+        weights = read_weights(cuts, read, parse_schemes(spec, job.schemes), device, advance)
+    cut = job.layout.stages[seat.stage].degree > 1
+    stage = DecoderStage(
+        spec,
+        job.layout,
+        seat,
+        weights.floats,
+        wire,
+        capacity=job.capacity,
+        device=device,
+        linears=rank_linears(weights, agree=wire.largest if cut else None),
+    )
+    return stage, weights.nbytes
 
 
 def _recurrent_stage(
