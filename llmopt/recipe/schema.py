@@ -85,7 +85,9 @@ Scheme = Annotated[str, AfterValidator(_known_scheme)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping with known keys; one that is not known is refused with the nearest that is."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
@@ -102,7 +104,7 @@ class _Section(BaseModel):
         return content
 
 
-class QuantizeStep(_Section):
+class QuantizeStep(Section):
     """Quantize the model; the artifact is a folder of the step's name under the recipe's output."""
 
     name: Name
@@ -129,13 +131,13 @@ class QuantizeStep(_Section):
     """What the artifact is written as: onnx for onnxruntime, hf for transformers, gptq for GPTQModel and vLLM."""
 
 
-class Step(_Section):
+class Step(Section):
     """One step of work. Its only key says which."""
 
     quantize: QuantizeStep
 
 
-class BenchStep(_Section):
+class BenchStep(Section):
     """How candidates are measured against the baseline."""
 
     text: str | None = None
@@ -153,7 +155,7 @@ class BenchStep(_Section):
     """Interleaved rounds, each in fresh processes. More rounds give narrower intervals."""
 
 
-class Gate(_Section):
+class Gate(Section):
     """A promise about what was measured."""
 
     candidate: str | None = None
@@ -162,7 +164,7 @@ class Gate(_Section):
     """Such as `perplexity <= +1%` (against the baseline) or `tpot_ms <= 20`."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """What to do with a model, and what must come out of it."""
 
     schema_: Annotated[Literal["llmopt.recipe/1"], Field(alias="schema")]
