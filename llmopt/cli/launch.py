@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from llmopt.cli.console import Console
-from llmopt.cli.options import Json, Quiet, Seed
-from llmopt.errors import LlmoptError
+from llmopt.cli.options import Force, Json, Quiet, Seed
+from llmopt.errors import LlmoptError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -34,6 +34,12 @@ def launch(
             help="Write each rank's weights there as a file of its own, unless they are there, and run from those.",
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate", metavar="FILE", help="Write the plan's cluster there, its speeds set right by this run."
+        ),
+    ] = None,
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, metavar="N", help="Measured generations, behind one that is not.")
     ] = 3,
@@ -45,16 +51,20 @@ def launch(
         bool, typer.Option("--pin/--no-pin", help="Give each rank on this machine cores of its own.")
     ] = True,
     seed: Seed = None,
+    force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a plan on torch.distributed: all its ranks on this machine, or, under torchrun, one of them.
+    """Run a plan, check what it says, and measure it.
 
-    Prints what was generated, and of every stage the predicted and the measured time, memory and traffic. A rank that
-    dies or hangs ends the run, by its name.
+    Starts all ranks on this machine, or, under torchrun, is one of them. Prints what was generated, and of every stage
+    the predicted and the measured time and memory, and its traffic. A rank that dies or hangs ends the run, by its
+    name.
 
     Example: llmopt launch plan.json --verify
     """
+    if calibrate is not None and calibrate.exists() and not force:
+        raise UsageError("the cluster file exists already", where=str(calibrate), hint="--force replaces it")
     from llmopt.pipeline.launching.launch import LaunchRequest
     from llmopt.pipeline.launching.launch import launch as do_launch
 
@@ -72,7 +82,17 @@ def launch(
     result = do_launch(request, console.progress, _fail)
     if result is not None:
         found = result
+        if calibrate is not None:
+            _write_calibrated(plan, found, calibrate)
         console.result(result.to_json(), lambda on: draw(found, on))
+
+
+def _write_calibrated(plan: Path, result: "LaunchResult", path: Path) -> None:
+    from llmopt.partition.plan import read_plan
+    from llmopt.pipeline.launching.calibrate import calibrated
+    from llmopt.pipeline.probing.cluster_file import write_cluster
+
+    write_cluster(calibrated(read_plan(plan), result), path, f"# Speeds as measured by llmopt launch {plan.name}.\n")
 
 
 def draw(result: "LaunchResult", on: "RichConsole") -> None:
@@ -83,8 +103,11 @@ def draw(result: "LaunchResult", on: "RichConsole") -> None:
     on.print()
     on.print(_table(result))
     if result.verified is not None:
-        difference = result.verified.largest_difference
-        on.print(f"\nverified: the tokens of a single process, logits within {difference:.1g}", highlight=False)
+        found = result.verified
+        tokens = (
+            "the tokens of a single process" if found.tokens_equal else "rounding apart, what a single process says"
+        )
+        on.print(f"\nverified: {tokens}, logits within {found.largest_difference:.1g}", highlight=False)
 
 
 def _table(result: "LaunchResult") -> "Table":

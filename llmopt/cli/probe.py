@@ -28,9 +28,10 @@ def probe(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure memory, products, memory bandwidth and links of this machine, in well under a minute.
+    """Measure this machine for a cluster file.
 
-    Each rank is measured alone, and while all others do the same: cores share their memory.
+    Memory, products and memory bandwidth of each rank, alone and while all others do the same, for cores share their
+    memory; messages and sums between ranks. Takes well under a minute.
 
     Example: llmopt probe -o cluster.yaml
     """
@@ -39,13 +40,16 @@ def probe(
     if not output.parent.is_dir():
         hint = f"mkdir -p {shlex.quote(str(output.parent))}"
         raise UsageError("the folder to write into does not exist", where=str(output.parent), hint=hint)
-    from llmopt.pipeline.probing.cluster_file import write_cluster
+    from llmopt.partition.cluster import to_json
+    from llmopt.pipeline.probing.cluster_file import cluster, write_cluster
     from llmopt.pipeline.probing.probe import ProbeRequest
     from llmopt.pipeline.probing.probe import probe as do_probe
 
     console = Console(json=json, quiet=quiet)
     found = do_probe(ProbeRequest(ranks=ranks), console.progress)
-    console.result(write_cluster(found, output), _table(found))
+    written = cluster(found)
+    write_cluster(written, output)
+    console.result(to_json(written), _table(found))
 
 
 def _table(found: "Probe") -> "Table":

@@ -18,7 +18,8 @@ class Wire:
 
     def __init__(self, layout: Layout, seat: Seat, device: torch.device, trace: Trace) -> None:
         self.stage, self.stages = seat.stage, len(layout.stages)
-        self._layout, self._seat, self._device, self._trace = layout, seat, device, trace
+        self.device = device
+        self._layout, self._seat, self._trace = layout, seat, trace
         self._underway: list[tuple[dist.Work, Tensor]] = []
         # Every rank takes part in making every group, its own or not.
         groups = [dist.new_group(list(layout.ranks(stage))) for stage in range(len(layout.stages))]
@@ -38,7 +39,7 @@ class Wire:
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, stage: int) -> Tensor:
         """What a stage sends to this rank."""
         rank = self._layout.sender(self._seat, stage)
-        values = torch.empty(shape, dtype=dtype, device=self._device)
+        values = torch.empty(shape, dtype=dtype, device=self.device)
         with self._trace.wait_for(self._layout.name(rank)):
             dist.recv(values, rank)
         return values

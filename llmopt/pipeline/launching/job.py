@@ -15,7 +15,7 @@ class Job:
     """Generate `output` tokens behind each row of `ids_BT`, `rounds` times after one that is not measured.
 
     Weights come from `model`, or from the shards in the folder `shards`, which were made for the plan `plan_hash`.
-    `schemes` names that of each linear which is quantized as it is read.
+    `schemes` names that of each linear which is quantized as it is read; all else has the `dtype`.
     """
 
     model: str
@@ -29,6 +29,7 @@ class Job:
     revision: str | None = None
     shards: str | None = None
     plan_hash: str = ""
+    dtype: str = "float32"
     schemes: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -6,27 +6,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 
-from llmopt.engine.torch import TorchEngine
-from llmopt.errors import LlmoptError, ModelError, UsageError, VerificationError
-from llmopt.model.checkpoint import open_checkpoint
+from llmopt.errors import LlmoptError, ModelError, UsageError
 from llmopt.model.parallel import tensor_parallel, tensor_parallel_degrees
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import ModelSource, open_source
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.partition.plan import Plan, read_plan
 from llmopt.partition.runtime.schedule import micro_batches
 from llmopt.pipeline.launching.job import Job
-from llmopt.pipeline.launching.planned import Planned, read_plan
+from llmopt.pipeline.launching.plans import hash_of, layout_of
 from llmopt.pipeline.launching.rank import Outcome
-from llmopt.pipeline.launching.result import Compared, LaunchResult, Verified, latencies_ms, stage_results
+from llmopt.pipeline.launching.result import Compared, LaunchResult, latencies_ms, stage_results
 from llmopt.pipeline.launching.run import outcome_of, run_job
 from llmopt.pipeline.launching.shards import MANIFEST, materialize, require_shards
+from llmopt.pipeline.launching.verify import verified
+from llmopt.pipeline.launching.weights import parse_schemes
 from llmopt.pipeline.ranks import place
 from llmopt.progress import Progress
 from llmopt.words import counted
 
-LOGIT_TOLERANCE = 1e-4
+FLOAT = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +59,28 @@ def launch(request: LaunchRequest, progress: Progress, fail: Callable[[LlmoptErr
         VerificationError: `verify` found something else than a single process says.
         LlmoptError: a rank failed, died or hung; or shards are missing, or those of another plan.
     """
-    plan = read_plan(request.plan)
-    under_torchrun = place() != (0, 1)
+    plan, rank = read_plan(request.plan), place()
     source = _source(plan, request)
-    _require_legal(plan, source)
+    _require_possible(plan, source, request)
+    job = _job(plan, request, source)
+    if rank != (0, 1):
+        outcome = outcome_of(job, fail)
+    else:
+        if request.materialize is not None:
+            materialize(source, job.layout, job.plan_hash, request.materialize, progress)
+        with progress.task(f"running {counted(job.layout.size, 'rank')}"):
+            outcome = run_job(job, pinned=request.pinned)
+    return None if outcome is None else _result(plan, request, job, outcome, source)
+
+
+def _job(plan: Plan, request: LaunchRequest, source: ModelSource) -> Job:
     ids_BT = _prompts(plan, request, source)
-    if request.materialize is not None and not under_torchrun:
-        materialize(source, plan.layout, plan.hash, request.materialize, progress)
-    elif request.materialize is not None:
-        require_shards(request.materialize, plan.layout, plan.hash, place()[0])
-    job = Job(
+    return Job(
         model=plan.model,
         revision=plan.revision,
-        layout=plan.layout,
+        layout=layout_of(plan),
+        dtype=plan.dtype or FLOAT,
+        schemes=plan.schemes,
         ids_BT=ids_BT,
         output=plan.workload.output,
         cut=micro_batches(plan.micro_batches, len(ids_BT), len(ids_BT[0])),
@@ -79,35 +88,36 @@ def launch(request: LaunchRequest, progress: Progress, fail: Callable[[LlmoptErr
         keep_logits=request.verify,
         timeout_s=request.timeout_s,
         shards=None if request.materialize is None else str(request.materialize),
-        plan_hash=plan.hash,
+        plan_hash=hash_of(plan),
     )
-    if under_torchrun:
-        outcome = outcome_of(job, fail)
-    else:
-        with progress.task(f"running {counted(plan.layout.size, 'rank')}"):
-            outcome = run_job(job, pinned=request.pinned)
-    return None if outcome is None else _result(plan, request, job, outcome, source)
 
 
-def _source(plan: Planned, request: LaunchRequest) -> ModelSource:
+def _source(plan: Plan, request: LaunchRequest) -> ModelSource:
     """The model; or, where shards are there, what they say of it."""
     if request.materialize is not None and (request.materialize / MANIFEST).is_file() and not request.verify:
         return open_source(str(request.materialize), weights=False)
     return open_source(plan.model, revision=plan.revision)
 
 
-def _require_legal(plan: Planned, source: ModelSource) -> None:
+def _require_possible(plan: Plan, source: ModelSource, request: LaunchRequest) -> None:
+    """Find out before any process is started."""
     spec = source.spec
-    plan.layout.require(len(spec.blocks))
+    layout_of(plan).require(len(spec.blocks))
+    parse_schemes(spec, plan.schemes)
     for number, stage in enumerate(plan.stages):
         found = tensor_parallel(spec, stage.tp)
         if not found.legal:
             legal = ", ".join(str(each.degree) for each in tensor_parallel_degrees(spec) if each.legal)
             what = f"stage {number} cannot be cut over {stage.tp} ranks: {found.obstacle}"
-            raise UsageError(what, where=str(source.name), hint=f"legal degrees: {legal}")
+            raise UsageError(what, where=str(request.plan), hint=f"legal degrees: {legal}")
+    if plan.schemes and request.materialize is not None:
+        hint = "without --materialize each rank quantizes what it reads"
+        raise UsageError("shards hold floats, and this plan quantizes", where=str(request.plan), hint=hint)
+    if request.materialize is not None and place() != (0, 1):
+        require_shards(request.materialize, layout_of(plan), hash_of(plan), place()[0])
 
 
-def _prompts(plan: Planned, request: LaunchRequest, source: ModelSource) -> tuple[tuple[int, ...], ...]:
+def _prompts(plan: Plan, request: LaunchRequest, source: ModelSource) -> tuple[tuple[int, ...], ...]:
     """Token ids, one row a sequence of the plan's batch."""
     work = plan.workload
     if request.prompt is None:
@@ -138,7 +148,7 @@ def _tokenizer(source: ModelSource) -> Tokenizer | None:
         return Tokenizer.from_folder(Path(folder))
 
 
-def _result(plan: Planned, request: LaunchRequest, job: Job, outcome: Outcome, source: ModelSource) -> LaunchResult:
+def _result(plan: Plan, request: LaunchRequest, job: Job, outcome: Outcome, source: ModelSource) -> LaunchResult:
     tokens = tuple(tuple(int(token) for token in row) for row in outcome.ids_BT)
     as_planned = len(job.ids_BT[0]) == plan.workload.prompt
     ttft_ms, tpot_ms = latencies_ms(outcome.reports)
@@ -149,30 +159,7 @@ def _result(plan: Planned, request: LaunchRequest, job: Job, outcome: Outcome, s
         texts=None if tokenizer is None else tuple(tokenizer.decode(list(row)) for row in tokens),
         ttft_ms=Compared(predicted=plan.predicted.ttft_ms if as_planned else None, measured=ttft_ms),
         tpot_ms=Compared(predicted=plan.predicted.tpot_ms if as_planned else None, measured=tpot_ms),
-        stages=stage_results(plan, outcome, as_planned=as_planned),
+        stages=stage_results(plan, job, outcome, as_planned=as_planned),
         rounds=request.rounds,
-        verified=_verified(job, outcome, source) if request.verify else None,
+        verified=verified(job, outcome, source) if request.verify else None,
     )
-
-
-def _verified(job: Job, outcome: Outcome, source: ModelSource) -> Verified:
-    """Hold the run against one process that reads prompts and launched tokens in one go.
-
-    Where its likeliest token behind every place is the launched one, it would have generated the same.
-
-    Raises:
-        VerificationError: a token differs, or a logit by more than `LOGIT_TOLERANCE`.
-    """
-    assert outcome.logits_BTV is not None
-    whole_BT = torch.cat([torch.tensor(job.ids_BT), outcome.ids_BT], 1)[:, :-1]
-    with open_checkpoint(source) as checkpoint, torch.inference_mode():
-        expected_BTV = TorchEngine(source.spec, checkpoint).logits_behind(whole_BT, len(job.ids_BT[0]) - 1)
-    difference = float((outcome.logits_BTV - expected_BTV).abs().max())
-    equal = torch.equal(expected_BTV.argmax(-1), outcome.ids_BT)
-    if not equal or difference > LOGIT_TOLERANCE:
-        what = "other tokens than" if not equal else "the same tokens as"
-        raise VerificationError(
-            f"the ranks generate {what} a single process, and logits that differ by up to {difference:.2g}",
-            hint="please report it, with the plan",
-        )
-    return Verified(tokens_equal=equal, largest_difference=difference)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MEETING = timedelta(minutes=1)  # between the first that has started and the last: a cold disk is slow to import torch
 
 Fail = Callable[[LlmoptError], None]
-Build = Callable[[Seat, Wire, torch.device, Callable[[], None]], tuple[Stage, int]]
+Build = Callable[[Seat, Wire, Callable[[], None]], tuple[Stage, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def run_rank(job: Job, build: Build, fail: Fail) -> Outcome | None:
         with _losing(layout, trace):
             wire = Wire(layout, seat, device, trace)
         start_bytes, start = resident_bytes(), time.perf_counter()
-        stage, weight_bytes = build(seat, wire, device, trace.advance)
+        stage, weight_bytes = build(seat, wire, trace.advance)
         load_s = time.perf_counter() - start
         with _losing(layout, trace), torch.inference_mode():
             rounds, generated = _rounds(Pipeline(stage, wire, trace), trace, job, device)

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from llmopt.partition.runtime.trace import Spent
-from llmopt.pipeline.launching.planned import Planned
+from llmopt.partition.plan import Plan, Stage
+from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.rank import Outcome, RankReport
 
 SCHEMA = "llmopt.launch/1"
@@ -33,10 +33,11 @@ class Compared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageResult:
-    """One stage: milliseconds that it computed for a prefill and for a token, bytes that it needed and sent.
+    """One stage: milliseconds that it computed for a micro-batch of a prefill and of a token, bytes it needed and sent.
 
     Of its ranks the slowest and the largest count. Memory is what a process took beyond what it had before any weight.
-    `sent_bytes` go to other stages, `added_bytes` are added up inside; per prefill, and per token of every sequence.
+    Traffic is that of a whole prefill, and of one token of every sequence: what goes to other stages, from all ranks,
+    and what each rank adds up with the others of its stage.
     """
 
     devices: tuple[str, ...]
@@ -44,19 +45,20 @@ class StageResult:
     prefill_ms: Compared
     decode_ms: Compared
     memory_bytes: Compared
-    waiting_ms: float
     prefill_sent_bytes: int
     decode_sent_bytes: int
+    prefill_added_bytes: int
     decode_added_bytes: int
     load_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """The launched run held against a single process: whether all tokens agree, and the largest |Δlogit|."""
+    """The launched run beside a single process: whether all tokens agree, the largest |Δlogit|, ‖Δ‖ / ‖logits‖."""
 
     tokens_equal: bool
     largest_difference: float
+    relative_error: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,44 +89,37 @@ def latencies_ms(reports: Sequence[RankReport]) -> tuple[float, float | None]:
     return ttft_ms, 1e3 * median((times[-1] - times[0]) / (len(times) - 1) for times in ended)
 
 
-def stage_results(plan: Planned, outcome: Outcome, *, as_planned: bool) -> tuple[StageResult, ...]:
+def stage_results(plan: Plan, job: Job, outcome: Outcome, *, as_planned: bool) -> tuple[StageResult, ...]:
     """Of every stage; predictions are left out where something else was run than what was planned."""
-    found, layout = [], plan.layout
-    for number, stage in enumerate(plan.stages):
-        reports = [outcome.reports[rank] for rank in layout.ranks(number)]
-        first = reports[0].rounds[0].phases
-        decode = first[-1] if len(first) > 1 else Spent()
-        found.append(
-            StageResult(
-                devices=stage.devices,
-                layers=stage.layers,
-                prefill_ms=Compared(
-                    predicted=stage.prefill_ms if as_planned else None,
-                    measured=max(_busy_ms(report, prefill=True) or 0.0 for report in reports),
-                ),
-                decode_ms=Compared(
-                    predicted=stage.decode_ms if as_planned else None,
-                    measured=_largest(_busy_ms(report, prefill=False) for report in reports),
-                ),
-                memory_bytes=Compared(
-                    predicted=stage.memory_bytes if as_planned else None,
-                    measured=_largest(_grown_bytes(report) for report in reports),
-                ),
-                waiting_ms=1e3 * median(each.phases[-1].waiting_s for each in reports[0].rounds),
-                prefill_sent_bytes=sum(report.rounds[0].phases[0].sent_bytes for report in reports),
-                decode_sent_bytes=sum(report.rounds[0].phases[-1].sent_bytes for report in reports)
-                if len(first) > 1
-                else 0,
-                decode_added_bytes=decode.added_bytes,
-                load_s=max(report.load_s for report in reports),
-            )
-        )
-    return tuple(found)
+    return tuple(
+        _stage_result(stage, job, [outcome.reports[rank] for rank in job.layout.ranks(number)], as_planned=as_planned)
+        for number, stage in enumerate(plan.stages)
+    )
 
 
-def _busy_ms(report: RankReport, *, prefill: bool) -> float | None:
-    phases = [phase for each in report.rounds for phase in (each.phases[:1] if prefill else each.phases[1:])]
-    return 1e3 * median(phase.busy_s for phase in phases) if phases else None
+def _stage_result(stage: Stage, job: Job, reports: Sequence[RankReport], *, as_planned: bool) -> StageResult:
+    def compared(predicted: float, measured: Iterable[float | None]) -> Compared:
+        return Compared(predicted=predicted if as_planned else None, measured=_largest(measured))
+
+    prefills = [report.rounds[0].phases[0] for report in reports]
+    decodes = [phase for report in reports for phase in report.rounds[0].phases[1:2]]
+    return StageResult(
+        devices=stage.devices,
+        layers=stage.layers,
+        prefill_ms=compared(stage.prefill_ms, (_busy_ms(each, slice(0, 1), job.cut.count) for each in reports)),
+        decode_ms=compared(stage.decode_ms, (_busy_ms(each, slice(1, None), job.cut.sequences) for each in reports)),
+        memory_bytes=compared(stage.memory_bytes, map(_grown_bytes, reports)),
+        prefill_sent_bytes=sum(phase.sent_bytes for phase in prefills),
+        decode_sent_bytes=sum(phase.sent_bytes for phase in decodes),
+        prefill_added_bytes=prefills[0].added_bytes,
+        decode_added_bytes=decodes[0].added_bytes if decodes else 0,
+        load_s=max(report.load_s for report in reports),
+    )
+
+
+def _busy_ms(report: RankReport, which: slice, micro_batches: int) -> float | None:
+    phases = [phase for each in report.rounds for phase in each.phases[which]]
+    return 1e3 * median(phase.busy_s for phase in phases) / micro_batches if phases else None
 
 
 def _grown_bytes(report: RankReport) -> float | None:

@@ -14,8 +14,8 @@ from llmopt.errors import LlmoptError
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.recurrent import is_recurrent, recurrent_spec
 from llmopt.model.source import open_source
-from llmopt.partition.runtime.cut import Cut
 from llmopt.model.spec import ModelSpec
+from llmopt.partition.runtime.cut import Cut
 from llmopt.partition.runtime.layout import Seat
 from llmopt.partition.runtime.recurrent import RecurrentStage
 from llmopt.partition.runtime.schedule import Stage
@@ -27,6 +27,8 @@ from llmopt.pipeline.launching.rank import Outcome, run_rank
 from llmopt.pipeline.launching.shards import Shard
 from llmopt.pipeline.launching.supervise import run_processes
 from llmopt.pipeline.launching.weights import parse_schemes, rank_linears, read_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run_job(job: Job, *, pinned: bool = True) -> Outcome:
@@ -54,12 +56,14 @@ def outcome_of(job: Job, fail: Callable[[LlmoptError], None]) -> Outcome | None:
     return run_rank(job, partial(_decoder_stage, job, spec), fail)
 
 
-def _decoder_stage(
-    job: Job, spec: ModelSpec, seat: Seat, wire: Wire, device: torch.device, advance: Callable[[], None]
-) -> tuple[Stage, int]:
+def _decoder_stage(job: Job, spec: ModelSpec, seat: Seat, wire: Wire, advance: Callable[[], None]) -> tuple[Stage, int]:
+    def placed(values: Tensor) -> Tensor:
+        advance()
+        return values.to(wire.device, DTYPES[job.dtype])
+
     with _reading(job, seat) as read:
         cuts = DecoderStage.cuts(spec, job.layout, seat)
-        weights = read_weights(cuts, read, parse_schemes(spec, job.schemes), device, advance)
+        weights = read_weights(cuts, read, parse_schemes(spec, job.schemes), placed)
     cut = job.layout.stages[seat.stage].degree > 1
     stage = DecoderStage(
         spec,
@@ -68,15 +72,13 @@ def _decoder_stage(
         weights.floats,
         wire,
         capacity=job.capacity,
-        device=device,
+        device=wire.device,
         linears=rank_linears(weights, agree=wire.largest if cut else None),
     )
     return stage, weights.nbytes
 
 
-def _recurrent_stage(
-    job: Job, seat: Seat, wire: Wire, device: torch.device, advance: Callable[[], None]
-) -> tuple[Stage, int]:
+def _recurrent_stage(job: Job, seat: Seat, wire: Wire, advance: Callable[[], None]) -> tuple[Stage, int]:
     stage = RecurrentStage(recurrent_spec(job.model), job.layout, seat)
     return stage, stage.weight_bytes
 

@@ -60,14 +60,14 @@ def parse_schemes(spec: ModelSpec, schemes: Mapping[str, str]) -> Quantized:
 
 
 def read_weights(
-    cuts: Iterator[Cut], read: Read, schemes: Quantized, device: torch.device, advance: Callable[[], None]
+    cuts: Iterator[Cut], read: Read, schemes: Quantized, placed: Callable[[Tensor], Tensor]
 ) -> RankWeights:
-    """Read what a rank holds, one tensor after the other."""
+    """Read what a rank holds, one tensor after the other; `placed` puts floats where and how they are computed with."""
     found = RankWeights()
     for cut in cuts:
         name = cut.tensor.name
         if name not in schemes:
-            found.floats[name] = read(cut).to(device)
+            found.floats[name] = placed(read(cut))
         else:
             linear, scheme = schemes[name]
             weight = _quantized(cut, linear, scheme, read)
@@ -76,8 +76,7 @@ def read_weights(
                 if _by_inputs(cut, linear):
                     found.writers.add(linear.name)
             else:
-                found.floats[name] = weight.to(device)
-        advance()
+                found.floats[name] = placed(weight)
     return found
 
 
@@ -123,7 +122,7 @@ def reference_linears(schemes: Quantized) -> Callable[[Weights], Apply]:
 
 
 def _quantized(cut: Cut, linear: Linear, scheme: Scheme, read: Read) -> Tensor | QuantizedWeight:
-    """A rank's share of a quantized weight; codes where integers are multiplied, else floats as the checkpoint has them.
+    """A rank's share of a quantized weight; codes where integers are multiplied, else floats as stored.
 
     What is cut by outputs is quantized by itself, since rows are independent; of what is cut by inputs a rank reads
     all, for a row's scale is that of the whole row.

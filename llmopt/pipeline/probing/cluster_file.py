@@ -1,57 +1,51 @@
-"""What was measured, as a cluster file."""
+"""What was measured, as a cluster file of one node."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from llmopt.pipeline.probing.compute import Compute
-from llmopt.pipeline.probing.links import Link
-from llmopt.pipeline.probing.probe import Probe
+from llmopt.partition.cluster import SCHEMA, Cluster, DeviceClass, Link, Node, Speed, to_json
+from llmopt.pipeline.probing import links
+from llmopt.pipeline.probing.probe import DeviceProbe, Probe
 
-SCHEMA = "llmopt.cluster/1"
+NODE = "here"
 _DIGITS = 4
+_COMMENT = "# Measured by llmopt probe. Edit what you know better; llmopt partition plans with what stands here.\n"
 
 
-def write_cluster(probe: Probe, path: Path) -> dict[str, Any]:
-    """Write a cluster of one node; gives what was written."""
-    content = cluster(probe)
-    comment = "# Measured by llmopt probe. Numbers may be edited; llmopt partition plans with what stands here.\n"
-    path.write_text(comment + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return content
+def cluster(probe: Probe) -> Cluster:
+    """One class of devices, as many as there are ranks.
+
+    Speeds are those of a rank while all others do the same, as the ranks of a stage and full pipelines do.
+    """
+    kind = "gpu" if probe.device.is_gpu else "cpu"
+    node = Node(name=NODE, devices={kind: probe.ranks}, link=_link(probe.messages), sums=_link(probe.sums))
+    content = {"schema": SCHEMA, "devices": {kind: _device_class(probe.device)}, "nodes": [node]}
+    return Cluster.model_validate(content)
 
 
-def cluster(probe: Probe) -> dict[str, Any]:
-    """One class of devices, as many as there are ranks, and the links between them. Bytes, seconds, operations."""
-    device = probe.device
-    found: dict[str, Any] = {
-        "schema": SCHEMA,
-        "devices": [
-            {
-                "name": device.name,
-                "count": probe.ranks,
-                "memory_bytes": device.memory_bytes,
-                "process_bytes": device.process_bytes,
-                "alone": _compute(device.alone),
-                "together": _compute(device.together),
-            }
-        ],
+def write_cluster(found: Cluster, path: Path, comment: str = _COMMENT) -> None:
+    """Write a cluster file."""
+    path.write_text(comment + yaml.safe_dump(to_json(found), sort_keys=False), encoding="utf-8")
+
+
+def _device_class(device: DeviceProbe) -> DeviceClass:
+    speeds = {
+        kind: Speed(tflops=_rounded(speed.flops / 1e12), gb_per_s=_rounded(speed.bytes_per_s / 1e9))
+        for kind, speed in device.together.speeds.items()
     }
-    if probe.messages is not None and probe.sums is not None:
-        found["links"] = {"inside_node": {"messages": _link(probe.messages), "sums": _link(probe.sums)}}
-    return found
+    return DeviceClass(
+        memory_gb=_rounded(device.memory_bytes / 1e9),
+        reserved_gb=_rounded(device.process_bytes / 1e9),
+        speeds=speeds,
+        launch_us=_rounded(1e6 * device.together.block_s),
+    )
 
 
-def _compute(found: Compute) -> dict[str, Any]:
-    return {
-        "flops": {kind: _rounded(speed.flops) for kind, speed in found.speeds.items()},
-        "bytes_per_s": {kind: _rounded(speed.bytes_per_s) for kind, speed in found.speeds.items()},
-        "block_s": _rounded(found.block_s),
-    }
-
-
-def _link(link: Link) -> dict[str, float]:
-    return {"latency_s": _rounded(link.latency_s), "bytes_per_s": _rounded(link.bytes_per_s)}
+def _link(link: links.Link | None) -> Link | None:
+    if link is None:
+        return None
+    return Link(latency_us=_rounded(1e6 * link.latency_s), gb_per_s=_rounded(link.bytes_per_s / 1e9))
 
 
 def _rounded(value: float) -> float:

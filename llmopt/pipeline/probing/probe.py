@@ -35,6 +35,7 @@ class DeviceProbe:
     """One rank's share of the machine. `together` is what it does while all others do the same."""
 
     name: str
+    is_gpu: bool
     memory_bytes: int
     process_bytes: int
     alone: Compute
@@ -85,7 +86,8 @@ def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
     messages, sums = (measure_messages(rank, device), measure_sums(device)) if ranks > 1 else (None, None)
     if rank == 0:
         found = DeviceProbe(
-            name=_name(device, ranks),
+            name=_name(device),
+            is_gpu=device.type == "cuda",
             memory_bytes=_memory_bytes(device, ranks),
             process_bytes=process_bytes,
             alone=alone,
@@ -94,7 +96,7 @@ def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
         path.write_text(json.dumps(asdict(Probe(ranks=ranks, device=found, messages=messages, sums=sums))))
 
 
-def _name(device: torch.device, ranks: int) -> str:
+def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = describe_host(1)["cpu"] or "CPU"

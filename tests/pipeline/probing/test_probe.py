@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-import yaml
 
 from llmopt.cli.app import app
 from llmopt.cli.outcome import run
 from llmopt.errors import UsageError
+from llmopt.partition.cluster import load_cluster
 from llmopt.pipeline.probing import compute
 from llmopt.pipeline.probing.cluster_file import cluster, write_cluster
 from llmopt.pipeline.probing.compute import Compute, Speed, kinds, measure_compute
@@ -15,9 +15,12 @@ from llmopt.pipeline.probing.probe import DeviceProbe, Probe, ProbeRequest, prob
 from llmopt.progress import Silent
 
 ALONE = Compute(speeds={"float32": Speed(flops=5e10, bytes_per_s=1e10)}, block_s=1e-4)
+IDLE = Compute(speeds={"float32": Speed(flops=9e10, bytes_per_s=9e10)}, block_s=9e-4)
 FOUND = Probe(
     ranks=2,
-    device=DeviceProbe(name="a core", memory_bytes=10**9, process_bytes=10**8, alone=ALONE, together=ALONE),
+    device=DeviceProbe(
+        name="a core", is_gpu=False, memory_bytes=10**9, process_bytes=10**8, alone=IDLE, together=ALONE
+    ),
     messages=Link(latency_s=1e-4, bytes_per_s=1.23456e9),
     sums=Link(latency_s=2e-4, bytes_per_s=1e9),
 )
@@ -42,12 +45,20 @@ def test_a_link_is_a_line_through_two_sizes():
     assert SMALL_BYTES < LARGE_BYTES
 
 
-def test_the_cluster_file_says_what_was_found(tmp_path):
+def test_the_cluster_file_says_what_was_found_while_all_ranks_work(tmp_path):
     path = tmp_path / "cluster.yaml"
-    assert write_cluster(FOUND, path) == cluster(FOUND) == yaml.safe_load(path.read_text())
-    content = cluster(FOUND)
-    assert content["devices"][0]["count"] == 2
-    assert content["links"]["inside_node"]["messages"] == {"latency_s": 1e-4, "bytes_per_s": 1.235e9}
+    write_cluster(cluster(FOUND), path)
+    read = load_cluster(path)
+    assert read == cluster(FOUND)
+    device = read.device_class("cpu")
+    assert device.speeds["float32"].flops == pytest.approx(5e10)
+    assert device.speeds["float32"].bytes_per_s == pytest.approx(1e10)
+    assert device.usable_bytes == pytest.approx(9e8)
+    assert device.launch_s == pytest.approx(1e-4)
+    assert len(read.all_devices()) == 2
+    node = read.nodes[0]
+    assert node.link.seconds(0) == pytest.approx(1e-4)
+    assert node.sums.seconds(1e9) == pytest.approx(1 + 2e-4)
 
 
 def test_more_ranks_than_devices_are_refused():
@@ -69,4 +80,4 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     path = tmp_path / "cluster.yaml"
     assert run(app, ["probe", "-o", str(path), "--ranks", "1", "-q"]) == 0
     assert "1 × " in capsys.readouterr().out
-    assert "links" not in yaml.safe_load(path.read_text())
+    assert len(load_cluster(path).all_devices()) == 1
