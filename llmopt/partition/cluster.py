@@ -152,7 +152,7 @@ class Cluster(Section):
 
     schema_: Annotated[Literal["llmopt.cluster/1"], Field(alias="schema")]
     """The version of this language."""
-    devices: dict[Name, DeviceClass] = {}
+    devices: Annotated[dict[Name, DeviceClass], Field(default_factory=dict)]
     """Classes of devices by name; those that llmopt knows need not be here."""
     nodes: Annotated[tuple[Node, ...], Field(strict=False, min_length=1)]
     """The machines."""
