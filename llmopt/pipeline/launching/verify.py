@@ -13,7 +13,7 @@ from llmopt.model.source import ModelSource
 from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.rank import Outcome
 from llmopt.pipeline.launching.result import Verified
-from llmopt.pipeline.launching.weights import parse_schemes, reference_linears
+from llmopt.pipeline.launching.weights import ReferenceTensors, parse_schemes, reference_linears
 
 LOGIT_TOLERANCE = 1e-4
 # ‖Δ‖ / ‖logits‖ where numbers are rounded on their way: sums in another order round to other neighbours.
@@ -32,7 +32,8 @@ def verified(job: Job, outcome: Outcome, source: ModelSource) -> Verified:
     schemes = parse_schemes(source.spec, job.schemes)
     whole_BT = torch.cat([torch.tensor(job.ids_BT), outcome.ids_BT], 1)[:, :-1]
     with open_checkpoint(source) as checkpoint, torch.inference_mode():
-        engine = TorchEngine(source.spec, checkpoint, linears=reference_linears(schemes))
+        tensors = ReferenceTensors(checkpoint, schemes)
+        engine = TorchEngine(source.spec, tensors, linears=reference_linears(schemes))
         expected_BTV = engine.logits_behind(whole_BT, len(job.ids_BT[0]) - 1)
     difference_BTV = outcome.logits_BTV - expected_BTV
     found = Verified(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llmopt.engine.blocks import Apply, Weights, plain
+from llmopt.engine.torch import Tensors
 from llmopt.errors import UnsupportedError
-from llmopt.model.spec import Linear, ModelSpec
+from llmopt.model.spec import Linear, ModelSpec, TensorSpec
 from llmopt.partition.runtime.cut import Cut
 from llmopt.quantize.execute import quantized_apply
 from llmopt.quantize.int8_torch import Int8Product, available
@@ -41,21 +42,28 @@ class RankWeights:
 
 
 def parse_schemes(spec: ModelSpec, schemes: Mapping[str, str]) -> Quantized:
-    """The linears of blocks that a plan quantizes, by the names of their weights.
+    """What a plan quantizes, by the names of weights. A tied head has what the embedding has.
 
     Raises:
         UsageError: a scheme is none.
-        UnsupportedError: it names what is no linear of a block, or integers that this machine does not multiply.
+        UnsupportedError: something else than a linear or a table is named, or integers that cannot be multiplied here.
     """
-    linears = {linear.name: linear for block in spec.blocks for linear in block.linears()}
+    embedding = spec.embedding
+    table = Linear(name=embedding.name, out_features=embedding.vocab_size, in_features=embedding.width)
+    known = {linear.name: linear for linear in (table, *spec.linears())}
     found: dict[str, tuple[Linear, Scheme]] = {}
     for name, text in schemes.items():
-        if name not in linears:
-            raise UnsupportedError(f"{name} is no linear of a block, and stays a float", hint="plan without it")
-        scheme = parse_scheme(text)
+        if name not in known:
+            raise UnsupportedError(f"{name} is no linear of this model", hint="was the plan made for it?")
+        linear, scheme = known[name], parse_scheme(text)
         if scheme.activation_bits == 8 and not available():
             raise UnsupportedError("this build of torch has no integer products", hint="plan for w8a16 or floats")
-        found[linears[name].weight.name] = (linears[name], scheme)
+        if scheme.activation_bits == 8 and linear.weight.name == table.weight.name:
+            raise UnsupportedError(f"{name} is a table, and {scheme} is for products", hint="plan for w8a16 or a float")
+        if found.setdefault(linear.weight.name, (linear, scheme))[1] != scheme:
+            raise UnsupportedError(
+                f"{name} is the embedding's table, and has another scheme", hint="give both the same"
+            )
     return found
 
 
@@ -102,23 +110,45 @@ def rank_linears(weights: RankWeights, agree: Agree | None) -> Callable[[Weights
     return linears
 
 
+class ReferenceTensors:
+    """A checkpoint in which weights of weight-only schemes are the floats that their codes stand for."""
+
+    def __init__(self, tensors: Tensors, schemes: Quantized) -> None:
+        self._tensors, self._schemes = tensors, schemes
+
+    def read(self, tensor: TensorSpec) -> Tensor:
+        """The whole tensor, float32."""
+        values = self._tensors.read(tensor)
+        if tensor.name not in self._schemes or self._schemes[tensor.name][1].activation_bits == 8:
+            return values
+        linear, scheme = self._schemes[tensor.name]
+        floats_OI = Rtn().quantize(_as_product(values, linear), scheme).dequantize()
+        return _as_product(floats_OI, linear)
+
+
 def reference_linears(schemes: Quantized) -> Callable[[Weights], Apply]:
-    """What a single process computes with: the definition of each scheme, without kernels."""
+    """What a single process computes with where activations are rounded: the definition, without kernels."""
+    rounding = {name: found for name, found in schemes.items() if found[1].activation_bits == 8}
 
     def linears(weights: Weights) -> Apply:
         made: dict[str, Tensor | QuantizedWeight] = dict(weights)
-        for name in weights.keys() & schemes.keys():
-            linear, scheme = schemes[name]
-            made[name] = Rtn().quantize(weights[name].T if linear.transposed else weights[name], scheme)
+        for name in weights.keys() & rounding.keys():
+            linear, scheme = rounding[name]
+            made[name] = Rtn().quantize(_as_product(weights[name], linear), scheme)
 
         def apply(linear: Linear, x: Tensor) -> Tensor:
-            if linear.weight.name in schemes:
+            if linear.weight.name in rounding:
                 return quantized_apply(made, linear, x)
             return plain(weights)(linear, x)
 
         return apply
 
     return linears
+
+
+def _as_product(values: Tensor, linear: Linear) -> Tensor:
+    """A stored weight as [out, in], and the other way round."""
+    return values.T.contiguous() if linear.transposed else values
 
 
 def _quantized(cut: Cut, linear: Linear, scheme: Scheme, read: Read) -> Tensor | QuantizedWeight:
@@ -129,11 +159,10 @@ def _quantized(cut: Cut, linear: Linear, scheme: Scheme, read: Read) -> Tensor |
     """
     by_inputs = _by_inputs(cut, linear)
     stored = read(Cut(cut.tensor)) if by_inputs else read(cut)
-    weight = Rtn().quantize(stored.T.contiguous() if linear.transposed else stored, scheme)
+    weight = Rtn().quantize(_as_product(stored, linear), scheme)
     if scheme.activation_bits == 8:
         return _some_columns(weight, cut.ranges) if by_inputs else weight
-    floats_OI = weight.dequantize()
-    floats = floats_OI.T.contiguous() if linear.transposed else floats_OI
+    floats = _as_product(weight.dequantize(), linear)
     return cut.take(floats) if by_inputs else floats
 
 

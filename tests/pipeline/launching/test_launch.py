@@ -11,6 +11,7 @@ import torch
 from llmopt.cli.app import app
 from llmopt.cli.outcome import run
 from llmopt.errors import UsageError
+from llmopt.model.source import open_source
 from llmopt.partition.cluster import load_cluster
 from llmopt.pipeline.launching import launch as module
 from tests.plans import plan_file
@@ -45,6 +46,16 @@ def test_a_launch_is_verified_measured_and_corrects_the_cluster(plan, tmp_path, 
     assert speed.tflops == pytest.approx(0.05 * (ratios[0] * ratios[1]) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
+def test_ranks_quantize_as_a_single_process_does(plan, six_heads, capsys, scheme):
+    linears = [linear.name for block in open_source(str(six_heads)).spec.blocks for linear in block.linears()]
+    schemes = dict.fromkeys(linears, scheme) | {"model.embed_tokens": "w8a16", "lm_head": "w8a16"}
+    path = plan((2, 1), (2, 2), schemes=schemes)
+    assert run(app, ["launch", path, "--verify", "--json", "--rounds", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)["verified"]
+    assert found["relative_error"] < (1e-5 if scheme == "w4a16" else 0.02)
+
+
 def test_torchrun_runs_a_plan_and_one_rank_speaks(plan, six_heads):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmopt"]
     words = ["launch", plan((2, 1), (2, 1)), "--verify", "--rounds", "1"]
@@ -74,7 +85,8 @@ def test_what_was_launched_must_be_what_a_single_process_says(plan, capsys, monk
         (((2, 1), (1, 1)), {}, "the stages hold 3 blocks, and the model has 4"),
         (((4, 1),), {"prompt": 62}, "62 tokens of prompt and 4 of output, where the model reads 64"),
         (((4, 1),), {"micro_batches": 7}, "7 micro-batches of 2 × 6 tokens"),
-        (((4, 1),), {"schemes": {"lm_head": "w8a8"}}, "lm_head is no linear of a block"),
+        (((4, 1),), {"schemes": {"lm_hat": "w8a8"}}, "lm_hat is no linear of this model"),
+        (((4, 1),), {"schemes": {"lm_head": "w8a8"}}, "lm_head is a table, and w8a8-channel-sym is for products"),
         (((4, 1),), {"schema": "llmopt.plan/7"}, "this is no plan"),
     ],
 )
