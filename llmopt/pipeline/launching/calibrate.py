@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from statistics import geometric_mean
 
-from llmopt.partition.cluster import Cluster, DeviceClass, cluster_from_json
+from llmopt.partition.cluster import Cluster, DeviceClass
 from llmopt.partition.plan import Plan
+from llmopt.pipeline.launching.plans import cluster_of, device_of
 from llmopt.pipeline.launching.result import LaunchResult, StageResult
 
 _DIGITS = 4
@@ -16,11 +17,10 @@ def calibrated(plan: Plan, result: LaunchResult) -> Cluster:
     Prefill corrects the operations a second, decode the bytes a second, of all kinds of weights alike. A class with
     several stages is corrected by the geometric mean of theirs; one that did not run, or was not predicted, stays.
     """
-    cluster = cluster_from_json(plan.cluster)
-    kinds = {device.name: device.kind for device in cluster.all_devices()}
+    cluster = cluster_of(plan)
     stages: dict[str, list[StageResult]] = {}
     for stage in result.stages:
-        stages.setdefault(kinds[stage.devices[0]], []).append(stage)
+        stages.setdefault(device_of(plan, stage.devices[0]).kind, []).append(stage)
     corrected = {kind: _corrected(cluster.device_class(kind), found) for kind, found in stages.items()}
     return cluster.model_copy(update={"devices": {**cluster.devices, **corrected}})
 

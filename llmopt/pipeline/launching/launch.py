@@ -15,7 +15,7 @@ from llmopt.model.tokenizer import Tokenizer
 from llmopt.partition.plan import Plan, read_plan
 from llmopt.partition.runtime.schedule import micro_batches
 from llmopt.pipeline.launching.job import Job
-from llmopt.pipeline.launching.plans import hash_of, layout_of
+from llmopt.pipeline.launching.plans import cluster_of, device_of, hash_of, layout_of
 from llmopt.pipeline.launching.rank import Outcome
 from llmopt.pipeline.launching.result import Compared, LaunchResult, latencies_ms, stage_results
 from llmopt.pipeline.launching.run import outcome_of, run_job
@@ -62,15 +62,24 @@ def launch(request: LaunchRequest, progress: Progress, fail: Callable[[LlmoptErr
     plan, rank = read_plan(request.plan), place()
     source = _source(plan, request)
     _require_possible(plan, source, request)
+    shares = _shares(plan) if request.pinned else None
     job = _job(plan, request, source)
+    if plan.replicas > 1:
+        progress.say(f"the plan has {plan.replicas} replicas: this is one of them")
     if rank != (0, 1):
         outcome = outcome_of(job, fail)
     else:
         if request.materialize is not None:
             materialize(source, job.layout, job.plan_hash, request.materialize, progress)
         with progress.task(f"running {counted(job.layout.size, 'rank')}"):
-            outcome = run_job(job, pinned=request.pinned)
+            outcome = run_job(job, shares=shares)
     return None if outcome is None else _result(plan, request, job, outcome, source)
+
+
+def _shares(plan: Plan) -> int:
+    """Into how many devices the plan's cluster divides the machine that its first device is."""
+    machine = device_of(plan, plan.stages[0].devices[0]).node
+    return sum(cluster_of(plan).machine(machine).devices.values())
 
 
 def _job(plan: Plan, request: LaunchRequest, source: ModelSource) -> Job:
@@ -118,10 +127,11 @@ def _require_possible(plan: Plan, source: ModelSource, request: LaunchRequest) -
 
 
 def _prompts(plan: Plan, request: LaunchRequest, source: ModelSource) -> tuple[tuple[int, ...], ...]:
-    """Token ids, one row a sequence of the plan's batch."""
+    """Token ids, one row for each sequence that a replica of the plan has."""
     work = plan.workload
+    batch = -(-work.batch // plan.replicas)
     if request.prompt is None:
-        drawn = np.random.default_rng(request.seed).integers(0, source.spec.vocab_size, (work.batch, work.prompt))
+        drawn = np.random.default_rng(request.seed).integers(0, source.spec.vocab_size, (batch, work.prompt))
         rows = tuple(tuple(int(token) for token in row) for row in drawn)
     else:
         tokenizer = _tokenizer(source)
@@ -131,7 +141,7 @@ def _prompts(plan: Plan, request: LaunchRequest, source: ModelSource) -> tuple[t
         ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
         if not ids:
             raise UsageError("the prompt is empty", hint="give at least a word")
-        rows = (tuple(ids),) * work.batch
+        rows = (tuple(ids),) * batch
     longest = longest_sequence(source.spec)
     if len(rows[0]) + work.output > longest:
         what = f"{len(rows[0])} tokens of prompt and {work.output} of output, where the model reads {longest}"

@@ -31,8 +31,8 @@ from llmopt.pipeline.launching.weights import parse_schemes, rank_linears, read_
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def run_job(job: Job, *, pinned: bool = True) -> Outcome:
-    """Start the ranks of a job on this machine, and wait for what they find.
+def run_job(job: Job, *, shares: int | None) -> Outcome:
+    """Start the ranks of a job on this machine, and wait for what they find; see `run_processes` for `shares`.
 
     Raises:
         LlmoptError: one of them failed, died, or did not get on; it is named, and all have ended.
@@ -43,7 +43,7 @@ def run_job(job: Job, *, pinned: bool = True) -> Outcome:
         write_job(job, folder / "job.json")
         module = "llmopt.pipeline.launching.worker"
         command = [sys.executable, "-m", module, str(folder / "job.json"), str(folder / "outcome.safetensors")]
-        run_processes(job.layout, command, folder / "failures", job.timeout_s, pinned=pinned)
+        run_processes(job.layout, command, folder / "failures", job.timeout_s, shares=shares)
         return read_outcome(folder / "outcome.safetensors")
 
 

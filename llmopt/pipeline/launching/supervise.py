@@ -24,7 +24,9 @@ _LAST_WORDS_S = 2.0
 _KILLED = "out of memory is the most frequent cause: llmopt partition says what each stage needs"
 
 
-def run_processes(layout: Layout, command: Sequence[str], folder: Path, timeout_s: float, *, pinned: bool) -> None:
+def run_processes(
+    layout: Layout, command: Sequence[str], folder: Path, timeout_s: float, *, shares: int | None
+) -> None:
     """Run one process for each rank, the command the same for all, until all have ended.
 
     Args:
@@ -32,12 +34,13 @@ def run_processes(layout: Layout, command: Sequence[str], folder: Path, timeout_
         command: starts a rank that finds its place in the environment.
         folder: an empty one, where ranks that fail say why.
         timeout_s: how long the rest may take once one has ended well.
-        pinned: give each process cores of its own, where there are enough.
+        shares: into how many parts this machine's cores are divided, of which each process has one for itself, where
+            there are enough; None: they take what they get.
 
     Raises:
         LlmoptError: one failed. All have ended.
     """
-    cores = _cores(layout.size) if pinned else [()] * layout.size
+    cores = _cores(layout.size, shares)
     environment = os.environ | _meeting(layout.size) | {FAILURES: str(folder)}
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -74,12 +77,12 @@ def _meeting(size: int) -> dict[str, str]:
     return {name: str(value) for name, value in place.items()}
 
 
-def _cores(ranks: int) -> list[tuple[int, ...]]:
-    """Cores that this process may use, divided; without pinning where there are fewer than ranks."""
-    if not hasattr(os, "sched_getaffinity"):
+def _cores(ranks: int, shares: int | None) -> list[tuple[int, ...]]:
+    """The cores of each rank; none where they are not divided."""
+    if shares is None or not hasattr(os, "sched_getaffinity"):
         return [()] * ranks
     usable = sorted(os.sched_getaffinity(0))
-    each = len(usable) // ranks
+    each = len(usable) // max(shares, ranks)
     return [tuple(usable[rank * each : (rank + 1) * each]) for rank in range(ranks)]
 
 

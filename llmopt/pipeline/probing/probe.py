@@ -71,7 +71,7 @@ def probe(request: ProbeRequest, progress: Progress) -> Probe:
         folder = Path(name)
         (folder / "failures").mkdir()
         command = [sys.executable, "-m", "llmopt.pipeline.probing.worker", str(folder / "probe.json")]
-        run_processes(layout, command, folder / "failures", TIMEOUT_S, pinned=True)
+        run_processes(layout, command, folder / "failures", TIMEOUT_S, shares=ranks)
         return _PROBE.validate_json((folder / "probe.json").read_bytes())
 
 

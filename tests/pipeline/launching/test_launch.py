@@ -65,8 +65,8 @@ def test_torchrun_runs_a_plan_and_one_rank_speaks(plan, six_heads):
 
 
 def test_what_was_launched_must_be_what_a_single_process_says(plan, capsys, monkeypatch):
-    def other(job, pinned):
-        outcome = module_run_job(job, pinned=pinned)
+    def other(job, shares):
+        outcome = module_run_job(job, shares=shares)
         return type(outcome)(ids_BT=outcome.ids_BT, logits_BTV=outcome.logits_BTV + change, reports=outcome.reports)
 
     module_run_job, change = module.run_job, torch.tensor(2e-4)
@@ -87,6 +87,7 @@ def test_what_was_launched_must_be_what_a_single_process_says(plan, capsys, monk
         (((4, 1),), {"micro_batches": 7}, "7 micro-batches of 2 × 6 tokens"),
         (((4, 1),), {"schemes": {"lm_hat": "w8a8"}}, "lm_hat is no linear of this model"),
         (((4, 1),), {"schemes": {"lm_head": "w8a8"}}, "lm_head is a table, and w8a8-channel-sym is for products"),
+        (((4, 1),), {"cluster": {}}, "the plan's cluster is wrong"),
         (((4, 1),), {"schema": "llmopt.plan/7"}, "this is no plan"),
     ],
 )
@@ -98,7 +99,7 @@ def test_what_cannot_run_is_refused(plan, capsys, stages, options, told):
 def test_shards_of_another_plan_and_missing_ones_are_refused(plan, tmp_path, capsys, monkeypatch):
     shards = str(tmp_path / "shards")
 
-    def nothing(job, pinned):
+    def nothing(job, shares):
         raise UsageError("shards are written, and nothing is run")
 
     monkeypatch.setattr(module, "run_job", nothing)

@@ -52,7 +52,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_by_its_name(six_heads, number, t
     threading.Thread(target=strike, args=(1, number), daemon=True).start()
     start = time.monotonic()
     with pytest.raises(LlmoptError, match=told):
-        run_job(endless(six_heads))
+        run_job(endless(six_heads), shares=2)
     assert time.monotonic() - start < 30
     assert [child for child in psutil.Process().children() if busy(child)] == []
 
@@ -60,12 +60,12 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_by_its_name(six_heads, number, t
 def test_the_first_rank_keeps_the_others_together_and_is_named_as_well(six_heads):
     threading.Thread(target=strike, args=(0, signal.SIGSTOP), daemon=True).start()
     with pytest.raises(LlmoptError, match=r"^rank 0 \(stage 0 on a\) has not answered for 3 s"):
-        run_job(endless(six_heads))
+        run_job(endless(six_heads), shares=2)
 
 
 def test_an_error_of_one_rank_is_the_error_of_the_run(six_heads, tmp_path):
     with pytest.raises(LlmoptError, match="there is no such file or folder"):
-        run_job(Job(model=str(tmp_path / "nothing"), layout=NAMED, ids_BT=((1,),), output=1, timeout_s=20))
+        run_job(Job(model=str(tmp_path / "nothing"), layout=NAMED, ids_BT=((1,),), output=1, timeout_s=20), shares=2)
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ def test_an_error_of_one_rank_is_the_error_of_the_run(six_heads, tmp_path):
 )
 def test_a_rank_that_says_nothing_is_named(tmp_path, program, told):
     with pytest.raises(LlmoptError, match=rf"rank 1 \(stage 1\) {told}"):
-        run_processes(layout_of((1, 1), (1, 1)), [sys.executable, "-c", program], tmp_path, 3, pinned=True)
+        run_processes(layout_of((1, 1), (1, 1)), [sys.executable, "-c", program], tmp_path, 3, shares=2)
