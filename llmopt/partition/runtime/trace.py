@@ -1,7 +1,7 @@
 """What a rank spent its time on, and what it sent."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,12 +21,17 @@ class Spent:
     added_bytes: int = 0
 
 
+def _nothing() -> None:
+    """A CPU is done when it returns."""
+
+
 @dataclass(slots=True)
 class Trace:
     """The phases of a run, the last one being that which is going on."""
 
     phases: list[Spent] = field(default_factory=lambda: [Spent()])
     steps: int = 0
+    settle: Callable[[], object] = _nothing  # until a device has done what it was told
     waiting: str = ""  # for what; empty while the rank computes. An error leaves it: that is what was waited for
 
     @property
@@ -47,6 +52,7 @@ class Trace:
         """Computing."""
         start = time.perf_counter()
         yield
+        self.settle()
         self.now.busy_s += time.perf_counter() - start
         self.advance()
 

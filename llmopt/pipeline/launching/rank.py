@@ -73,10 +73,12 @@ def run_rank(job: Job, build: Build, fail: Fail) -> Outcome | None:
     """
     trace, layout = Trace(), job.layout
     with _joined(layout, job, trace, fail) as (rank, device):
+        if device.type == "cuda":
+            trace.settle = torch.cuda.synchronize
         seat = layout.seat(rank)
         with _losing(layout, trace):
             wire = Wire(layout, seat, device, trace)
-        start_bytes, start = resident_bytes(), time.perf_counter()
+        start_bytes, start = _held_bytes(device), time.perf_counter()
         stage, weight_bytes = build(seat, wire, trace.advance)
         load_s = time.perf_counter() - start
         with _losing(layout, trace), torch.inference_mode():
@@ -136,7 +138,7 @@ def _joined(layout: Layout, job: Job, trace: Trace, fail: Fail) -> Iterator[tupl
 
 
 def _connect(layout: Layout, timeout_s: float) -> tuple["Store", int, torch.device]:
-    patience = timedelta(seconds=timeout_s)
+    patience, device = timedelta(seconds=timeout_s), rank_device()
     try:
         store, rank, size = next(rendezvous("env://", timeout=max(patience, _MEETING)))
         if size != layout.size:
@@ -145,13 +147,13 @@ def _connect(layout: Layout, timeout_s: float) -> tuple["Store", int, torch.devi
                 hint=f"torchrun --nproc-per-node {layout.size}, or as many on all machines together",
             )
         # The watch is what notices; this is only for the case that it does not.
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=2 * patience)
+        dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=2 * patience)
     except RuntimeError as error:
         raise LlmoptError(
             f"the ranks do not find each other: {error}",
             hint="GLOO_SOCKET_IFNAME names the network interface to use",
         ) from error
-    return store, rank, rank_device()
+    return store, rank, device
 
 
 def rank_device() -> torch.device:
@@ -173,6 +175,17 @@ def _losing(layout: Layout, trace: Trace) -> Iterator[None]:
 
 class LostError(LlmoptError):
     """Another rank has ended; whoever started it knows more."""
+
+
+def _backend(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "gloo"
+    torch.cuda.set_device(device)
+    return "cpu:gloo,cuda:nccl"
+
+
+def _held_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def _peak_bytes(device: torch.device) -> int | None:
