@@ -65,7 +65,7 @@ class Precision:
         return DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
     """`degree` devices of one class in one node, and what an all-reduce over them takes."""
 

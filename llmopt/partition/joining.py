@@ -43,6 +43,9 @@ class Oracle(Protocol):
 
 def best(oracle: Oracle, objective: Objective, at_most: float = math.inf) -> Pieces | None:
     """The stages that an objective is least for; None where nothing fits, or nothing can be below `at_most`."""
+    if objective.micro_batches == 1:
+        least = oracle.least_sum()
+        return least[0] if least is not None else None
     found = smallest_largest(oracle, at_most / objective.micro_batches)
     if found is None:
         return None
