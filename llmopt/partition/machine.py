@@ -133,7 +133,7 @@ class Machine:
             yield Stage(
                 devices=tuple(one.name for one in devices[piece.slot : piece.slot + piece.degree]),
                 tp=piece.degree,
-                layers=(max(piece.first - 1, 0), min(piece.stop - 1, items - 2)),
+                layers=(piece.first, min(piece.stop, items - 1)),
                 embedding=piece.first == 0,
                 lm_head=piece.stop == items,
                 weight_bytes=round(float(costs.weight_bytes[part].sum()) - tied),

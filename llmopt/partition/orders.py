@@ -8,7 +8,7 @@ degree allowed and the links that are really there. The bound says how far from 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, product
 
 from llmopt.partition.classes import MOST_STATES, AnyOrder
@@ -19,7 +19,7 @@ from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.problem import Objective, Piece
 
 MOST_ORDERS = 120
-_MOST_JOINED = 300_000  # counts × items
+_MOST_JOINED = 20_000  # counts × items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,28 +112,27 @@ def _inner(node: Sequence[Device]) -> Iterator[list[Device]]:
 
 
 def _by_class(machine: Machine, devices: Sequence[Device], metric: Metric) -> Solution | None:
-    found: Solution | None = None
+    """The best class by class, then laid onto nodes; only the best choice of degrees is."""
+    objective = machine.objective(metric)
+    chosen: tuple[float, list[Piece]] | None = None
     bound = math.inf
     for degrees in _degrees_by_class(machine, devices):
         any_order, hops = _classes(machine, devices, metric, degrees)
-        objective = machine.objective(metric)
-        at_most = found.value if found else math.inf
         lowest = _bound(any_order, objective)
-        if lowest >= at_most:
+        if chosen is not None and lowest >= chosen[0]:
             continue
-        pieces = _stages(any_order, objective, at_most)
+        pieces = _stages(any_order, objective, chosen[0] if chosen else math.inf)
         if pieces is None:
             continue
-        order = _laid_out(pieces, devices)
-        solution = solve_order(machine, order, metric)
-        proven = hops[0] == hops[1] and _exact(any_order, objective) and solution is not None
-        if solution is not None:
-            bound = min(bound, solution.value if proven else lowest)
-            if found is None or solution.value < found.value:
-                found = solution
-    if found is None:
+        seconds = any_order.seconds(pieces)
+        value = objective.value(sum(seconds), max(seconds))
+        bound = min(bound, value if hops[0] == hops[1] and _exact(any_order, objective) else lowest)
+        if chosen is None or value < chosen[0]:
+            chosen = value, pieces
+    if chosen is None:
         return None
-    return Solution(devices=found.devices, pieces=found.pieces, value=found.value, bound=min(bound, found.value))
+    solution = solve_order(machine, _laid_out(chosen[1], devices), metric)
+    return None if solution is None else replace(solution, bound=min(bound, solution.value))
 
 
 def _degrees_by_class(machine: Machine, devices: Sequence[Device]) -> Iterator[dict[str, int]]:
@@ -200,7 +199,7 @@ def _items(any_order: AnyOrder) -> range:
 
 
 def _laid_out(pieces: Sequence[Piece], devices: Sequence[Device]) -> list[Device]:
-    """Devices in the order of the classes that were found, a node's together as far as that goes; the rest behind."""
+    """Devices in the order of the classes that were found, a node's together as far as that goes."""
     kinds = list(dict.fromkeys(device.kind for device in devices))
     free: dict[int, dict[str, list[Device]]] = {}
     for device in devices:
@@ -210,9 +209,8 @@ def _laid_out(pieces: Sequence[Piece], devices: Sequence[Device]) -> list[Device
     for piece in pieces:
         kind = kinds[piece.kind]
         if node is None or len(free[node].get(kind, [])) < piece.degree:
-            node = max(free, key=lambda one: (len(free[one].get(kind, [])) >= piece.degree, -one))  # noqa: B023
+            node = max(free, key=lambda one: (len(free[one].get(kind, [])) >= piece.degree, -one))
         group = free[node][kind]
         order += group[: piece.degree]
         del group[: piece.degree]
-    used = set(order)
-    return order + [device for device in devices if device not in used]
+    return order
