@@ -1,6 +1,6 @@
 """What the parts of a model cost on a group of devices: seconds and bytes, from the description alone.
 
-The parts are the embedding, the blocks, and the head with the final norm. A product takes what is longer, its
+The parts are the blocks, the first with the embedding, and the head with the final norm. A product takes what is longer, its
 operations at the speed that the device reaches or its weights at the bandwidth that it reaches (the roofline,
 Williams et al. 2009); a block also takes what its launch takes. Tensor parallelism divides products by heads, channels
 and vocabulary, and adds two all-reduces a block, as a ring: 2 (t - 1) messages of a t-th (Thakur et al. 2005).
@@ -65,7 +65,7 @@ class Precision:
         return DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
     """`degree` devices of one class in one node, and what an all-reduce over them takes."""
 
@@ -107,8 +107,8 @@ class Costs:
 
     @property
     def items(self) -> int:
-        """Parts: the embedding, every block, the head."""
-        return len(self.spec.blocks) + 2
+        """Parts: every block, and the head."""
+        return len(self.spec.blocks) + 1
 
     @property
     def tied_bytes(self) -> float:
@@ -142,7 +142,8 @@ class Costs:
             if key not in known:
                 known[key] = self._block(block, group)
             blocks.append(known[key])
-        rows = np.array([self._embedding(group), *blocks, self._head(group)], dtype=float)
+        rows = np.array([*blocks, self._head(group)], dtype=float)
+        rows[0] += self._embedding(group)
         return ItemCosts(
             prefill_s=rows[:, 0],
             decode_s=rows[:, 1],

@@ -12,6 +12,7 @@ from typing import Protocol
 from llmopt.partition.problem import SLACK, Objective, Piece
 
 TOLERANCE = 1e-11  # relative; what is left when bisection ends
+JOINED = 1e-10  # for those that need a least sum at every step
 
 Pieces = list[Piece]
 
@@ -43,6 +44,9 @@ class Oracle(Protocol):
 
 def best(oracle: Oracle, objective: Objective, at_most: float = math.inf) -> Pieces | None:
     """The stages that an objective is least for; None where nothing fits, or nothing can be below `at_most`."""
+    if objective.micro_batches == 1:
+        least = oracle.least_sum()
+        return least[0] if least is not None else None
     found = smallest_largest(oracle, at_most / objective.micro_batches)
     if found is None:
         return None
@@ -82,7 +86,7 @@ def _rounds(oracle: Oracle, objective: Objective, limit: float, value: Callable[
     assert loose is not None
     found = [tight[0], loose[0]]
     low, high = max(loose[1], count * limit * (1 - 4 * TOLERANCE)), min(map(value, found))
-    while high - low > 10 * TOLERANCE * high:
+    while high - low > JOINED * high:
         middle = (low + high) / 2
         least = oracle.least_sum(middle / count)
         if least is None or least[1] > middle * (1 + SLACK):
@@ -105,9 +109,9 @@ def _fill(oracle: Oracle, objective: Objective, limit: float, value: Callable[[P
     intervals = [(limit, max(oracle.seconds(loose[0])), loose[1])] if rest else []
     while intervals:
         low, high, bound = intervals.pop()
-        if bound + rest * low >= least_value * (1 - 10 * TOLERANCE):
+        if bound + rest * low >= least_value * (1 - JOINED):
             continue
-        narrow = high - low <= 10 * TOLERANCE * high
+        narrow = high - low <= JOINED * high
         middle = low if narrow else (low + high) / 2
         least = oracle.least_sum(middle)
         if least is not None:
