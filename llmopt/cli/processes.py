@@ -8,7 +8,7 @@ from llmopt.cli.streams import let_go
 from llmopt.errors import UsageError, debugging
 from llmopt.pipeline.ranks import place
 
-SPREAD = "quantize"
+SPREAD = ("quantize", "launch")
 _LINGER_SECONDS = 10.0
 
 
@@ -23,7 +23,7 @@ def before_command(command: str | None) -> None:
         let_go(sys.stdout)
         if not debugging():
             let_go(sys.stderr)
-    if command != SPREAD:
+    if command not in SPREAD:
         require_one_process(f"the command {command}" if command else "help")
 
 
@@ -37,7 +37,7 @@ def require_one_process(what: str) -> None:
     if size > 1:
         raise UsageError(
             f"{what} is the work of one process, and there are {size}",
-            hint=f"start it without torchrun, which is for llmopt {SPREAD}",
+            hint=f"start it without torchrun, which is for llmopt {' and '.join(SPREAD)}",
         )
 
 

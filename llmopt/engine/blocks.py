@@ -222,7 +222,7 @@ def mixed(
         q_BNTD,
         k_BKSD,
         v_BKSD,
-        attn_mask=visible(tokens, k_BKSD.shape[2], attention.window),
+        attn_mask=visible(tokens, k_BKSD.shape[2], attention.window, x_BTH.device),
         scale=attention.scale,
         enable_gqa=attention.heads != attention.kv_heads,
     )
@@ -237,8 +237,9 @@ def rotate(x: Tensor, turn: Turn) -> Tensor:
     return torch.cat([first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest], dim=-1)
 
 
-def visible(tokens: int, seen: int, window: int | None) -> Tensor:
+def visible(tokens: int, seen: int, window: int | None, device: torch.device | None = None) -> Tensor:
     """Which of `seen` tokens each of the last `tokens` sees: itself and those before it, at most `window`; [T, S]."""
-    age_TS = torch.arange(seen - tokens, seen)[:, None] - torch.arange(seen)[None, :]
+    place_S = torch.arange(seen, device=device)
+    age_TS = place_S[seen - tokens :, None] - place_S[None, :]
     causal_TS = age_TS >= 0
     return causal_TS if window is None else causal_TS & (age_TS < window)

@@ -58,6 +58,15 @@ class TorchEngine:
             hidden_BTH = self.hidden(torch.from_numpy(ids_BT), RotaryTables(self.spec, ids_BT.shape[1]))
             return self.head(hidden_BTH).numpy()
 
+    def logits_behind(self, ids_BT: Tensor, first: int) -> Tensor:
+        """Logits behind the tokens from number `first` on, [batch, tokens - first, vocab_size].
+
+        Raises:
+            UnsupportedError: the model cannot read that many tokens.
+        """
+        hidden_BTH = self.hidden(ids_BT, RotaryTables(self.spec, ids_BT.shape[1]))
+        return self.head(hidden_BTH[:, first:])
+
     def stream(self, capacity: int) -> "TorchStream":
         """An empty sequence with room for `capacity` tokens; keeps the weights in memory from now on.
 

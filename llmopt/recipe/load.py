@@ -75,10 +75,15 @@ def _validate(document: Document, vocabulary: Vocabulary) -> Recipe:
     try:
         return Recipe.model_validate(document.value, context=vocabulary)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-        # A list whose only item is wrong is told to be too short as well: what is wrong inside says more.
-        inner = [one for one in errors if not any(_holds(one["loc"], other["loc"]) for other in errors)]
-        raise _explained(min(inner, key=lambda one: document.place(one["loc"])), document) from error
+        raise first_mistake(error, document) from error
+
+
+def first_mistake(error: ValidationError, document: Document) -> RecipeError:
+    """The mistake that stands first in a document, as an error that names its place."""
+    errors = error.errors(include_url=False)
+    # A list whose only item is wrong is told to be too short as well: what is wrong inside says more.
+    inner = [one for one in errors if not any(_holds(one["loc"], other["loc"]) for other in errors)]
+    return _explained(min(inner, key=lambda one: document.place(one["loc"])), document)
 
 
 def _holds(outer: Keys, inner: Keys) -> bool:

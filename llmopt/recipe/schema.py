@@ -85,7 +85,9 @@ Scheme = Annotated[str, AfterValidator(_known_scheme)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping with known keys; one that is not known is refused with the nearest that is."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
@@ -102,7 +104,7 @@ class _Section(BaseModel):
         return content
 
 
-class QuantizeStep(_Section):
+class QuantizeStep(Section):
     """Quantize the model; the artifact is a folder of the step's name under the recipe's output."""
 
     name: Name
@@ -134,7 +136,7 @@ class QuantizeStep(_Section):
     null: measured where the format is onnx."""
 
 
-class CastStep(_Section):
+class CastStep(Section):
     """Cast the model to 16 bits, but for what these cannot hold; the artifact is a folder of the step's name."""
 
     name: Name
@@ -157,7 +159,7 @@ class CastStep(_Section):
     null: measured where the format is onnx."""
 
 
-class Step(_Section):
+class Step(Section):
     """One step of work. Its only key says which."""
 
     quantize: QuantizeStep | None = None
@@ -184,7 +186,7 @@ class Step(_Section):
         return work
 
 
-class BenchStep(_Section):
+class BenchStep(Section):
     """How candidates are measured against the baseline."""
 
     text: str | None = None
@@ -204,7 +206,7 @@ class BenchStep(_Section):
     """Whether latency and memory are measured, which is for artifacts in onnxruntime."""
 
 
-class Gate(_Section):
+class Gate(Section):
     """A promise about what was measured."""
 
     candidate: str | None = None
@@ -213,7 +215,7 @@ class Gate(_Section):
     """Such as `perplexity <= +1%` (against the baseline) or `tpot_ms <= 20`."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """What to do with a model, and what must come out of it."""
 
     schema_: Annotated[Literal["llmopt.recipe/1"], Field(alias="schema")]

@@ -60,7 +60,7 @@ class SafetensorsFiles:
     Use `close` whatever happens.
     """
 
-    def __init__(self, folder: Path, entries: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, entries: Iterable[Entry], shard_bytes: float = SHARD_BYTES) -> None:
         self._folder = folder
         self._shards = _named(shards(entries, shard_bytes))
         self._places: dict[str, _Place] = {}
@@ -99,7 +99,7 @@ class SafetensorsFiles:
         self._stack.close()
 
 
-def shards(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:
+def shards(entries: Iterable[Entry], shard_bytes: float) -> list[list[Entry]]:
     """Entries in their order, cut before a file would have more than `shard_bytes`; a larger one has its own."""
     found: list[list[Entry]] = [[]]
     size = 0

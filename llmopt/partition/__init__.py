@@ -1,0 +1,1 @@
+"""Plans that divide a model among devices, and what runs them."""

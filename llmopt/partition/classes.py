@@ -1,0 +1,169 @@
+"""Stages for a few classes of devices in whatever order is best. Exact, where every hop takes the same.
+
+In general the best order is NP-hard to find (Pinar, Tabak and Aykanat, J. Parallel Distrib. Comput. 68 (2008)). Devices
+of one class are alike, so only how many of each are used counts: how far they get, or their least sums, by counts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.partition.problem import SLACK, Array, Kind, Piece, Slot, stage_seconds
+from llmopt.partition.window import first_items, window_minimum
+
+MOST_STATES = 6_000_000
+MOST_SUMS = 30_000_000
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(kw_only=True, eq=False)
+class AnyOrder:
+    """Classes of groups: what one is, how many there are, and what a hop takes. `degrees` are devices a group."""
+
+    kinds: Sequence[Kind]
+    counts: Sequence[int]
+    degrees: Sequence[int]
+    hop_s: float
+    slots: list[Slot] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Pieces number their stages in the order that was found: each in a node of its own.
+        self.slots = [Slot(options=(), run=run, inside_s=self.hop_s, between_s=self.hop_s) for run in range(self._most)]
+
+    @property
+    def _most(self) -> int:
+        return min(sum(self.counts), self.kinds[0].items)
+
+    @property
+    def most_stages(self) -> int:
+        """A stage has a group and an item at least."""
+        return self._most
+
+    @property
+    def states(self) -> int:
+        """An upper bound of how many counts there are to go through."""
+        return math.prod(min(count, self._most) + 1 for count in self.counts)
+
+    @property
+    def can_sum(self) -> bool:
+        """Whether there is memory for the least sums of all counts."""
+        return len(self._table[0]) * (self.kinds[0].items + 1) <= MOST_SUMS
+
+    def longest_s(self) -> float:
+        """Everything on the slowest, and a hop."""
+        return max(float(kind.time[-1]) for kind in self.kinds) + self.hop_s
+
+    def seconds(self, pieces: Sequence[Piece]) -> list[float]:
+        """What each stage takes."""
+        return stage_seconds(pieces, self.kinds, self.slots)
+
+    def within(self, seconds: float) -> list[Piece] | None:
+        """Stages of at most so many seconds, or None."""
+        befores, levels = self._table
+        jumps = [self._jumps(kind, seconds) for kind in self.kinds]
+        items = self.kinds[0].items
+        reached = np.zeros(len(befores) + 1, dtype=np.int64)
+        reached[-1] = items + 1  # of counts that do not exist: nothing comes from there
+        for level in levels:
+            furthest = np.zeros(level.stop - level.start, dtype=np.int64)
+            for number, jump in enumerate(jumps):
+                np.maximum(furthest, jump[reached[befores[level, number]]], out=furthest)
+            reached[level] = furthest
+            best = int(furthest.argmax())
+            if furthest[best] == items:
+                return self._trace(level.start + best, reached, jumps)
+        return None
+
+    def least_sum(self, limit: float = math.inf) -> tuple[list[Piece], float] | None:
+        """Stages whose sum is least, none above `limit`, and that sum."""
+        befores, levels = self._table
+        size = self.kinds[0].items + 1
+        sums = np.full((len(befores) + 1, size), np.inf)
+        sums[0, 0] = 0.0
+        for depth, level in enumerate(levels):
+            hop_s = self.hop_s if depth else 0.0
+            for number, kind in enumerate(self.kinds):
+                firsts = first_items(kind, limit - hop_s)
+                before = sums[befores[level, number]] - kind.time
+                np.minimum(sums[level], window_minimum(before, firsts) + kind.time + hop_s, out=sums[level])
+        best = int(sums[:, -1].argmin())
+        total = float(sums[best, -1])
+        return (self._trace_sums(best, sums, limit), total) if math.isfinite(total) else None
+
+    @cached_property
+    def _table(self) -> tuple[Indices, list[slice]]:
+        """For all counts, by their sum: the counts with one less of each class, [states, classes]; and where each sum
+        begins and ends."""
+        most = [min(count, self._most) for count in self.counts]
+        grid = np.indices([count + 1 for count in most]).reshape(len(most), -1)
+        totals = grid.sum(axis=0)
+        strides = np.array([math.prod(count + 1 for count in most[place + 1 :]) for place in range(len(most))])
+        chosen = np.flatnonzero(totals <= self._most)
+        chosen = chosen[np.argsort(totals[chosen], kind="stable")]
+        number = np.full(grid.shape[1], -1)
+        number[chosen] = np.arange(len(chosen))
+        befores = np.full((len(chosen), len(most)), -1)
+        for place, stride in enumerate(strides):
+            there = grid[place, chosen] > 0
+            befores[there, place] = number[chosen[there] - stride]
+        ends = np.searchsorted(totals[chosen], np.arange(self._most + 2))
+        return befores, [slice(int(ends[one]), int(ends[one + 1])) for one in range(1, self._most + 1)]
+
+    def _jumps(self, kind: Kind, seconds: float) -> Indices:
+        """How far a stage goes from each item, [items + 2]; nowhere from what does not exist."""
+        seconds_left = seconds - self.hop_s
+        jump = np.zeros(kind.items + 2, dtype=np.int64)
+        if seconds_left >= 0:
+            in_time = np.searchsorted(kind.time, kind.time + seconds_left * (1 + SLACK), side="right") - 1
+            jump[:-1] = np.minimum(in_time, kind.far)
+        jump[0] = kind.reach(0, seconds)
+        return jump
+
+    def _trace(self, state: int, reached: Indices, jumps: Sequence[Indices]) -> list[Piece]:
+        befores, _ = self._table
+        found: list[tuple[int, int, int]] = []
+        while reached[state]:
+            stop = int(reached[state])
+            for number, jump in enumerate(jumps):
+                before = int(befores[state, number])
+                if before >= 0 and jump[reached[before]] == stop:
+                    found.append((number, int(reached[before]), stop))
+                    state = before
+                    break
+        return self._numbered(found)
+
+    def _trace_sums(self, state: int, sums: Array, limit: float) -> list[Piece]:
+        befores, _ = self._table
+        found: list[tuple[int, int, int]] = []
+        stop = self.kinds[0].items
+        while stop:
+            number, first = self._last(state, stop, sums, limit)
+            found.append((number, first, stop))
+            state, stop = int(befores[state, number]), first
+        return self._numbered(found)
+
+    def _last(self, state: int, stop: int, sums: Array, limit: float) -> tuple[int, int]:
+        """Class and first item of the stage that comes last."""
+        befores, _ = self._table
+        value = sums[state, stop]
+        for number, kind in enumerate(self.kinds):
+            before = int(befores[state, number])
+            if before < 0:
+                continue
+            hop_s = self.hop_s if before else 0.0
+            low = int(first_items(kind, limit - hop_s)[stop])
+            costs = sums[before, low:stop] - kind.time[low:stop] + kind.time[stop] + hop_s
+            if len(costs) and abs(costs.min() - value) <= SLACK * abs(value):
+                return number, low + int(costs.argmin())
+        raise AssertionError("a sum without its stages")
+
+    def _numbered(self, backwards: Sequence[tuple[int, int, int]]) -> list[Piece]:
+        return [
+            Piece(place, self.degrees[kind], kind, first, stop)
+            for place, (kind, first, stop) in enumerate(reversed(backwards))
+        ]

@@ -1,0 +1,125 @@
+"""Objectives that join the sum of all stages and the largest of them, from answers about either. Exact.
+
+The largest alone: T is bisected over the question whether stages of at most T seconds are possible (parametric search;
+Pinar and Aykanat, J. Parallel Distrib. Comput. 64 (2004)). For objectives that join both, the least sum with no stage
+above T is a step function that falls as T rises.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from llmopt.partition.problem import SLACK, Objective, Piece
+
+TOLERANCE = 1e-11  # relative; what is left when bisection ends
+JOINED = 1e-10  # for those that need a least sum at every step
+
+Pieces = list[Piece]
+
+
+class Oracle(Protocol):
+    """An order of devices, or any of many, that stages can be found for."""
+
+    @property
+    def most_stages(self) -> int:
+        """How many stages there can be."""
+        ...
+
+    def longest_s(self) -> float:
+        """What no stage takes more than."""
+        ...
+
+    def within(self, seconds: float) -> Pieces | None:
+        """Stages of at most so many seconds, or None."""
+        ...
+
+    def least_sum(self, limit: float = math.inf) -> tuple[Pieces, float] | None:
+        """Stages whose sum is least, none above `limit`, and that sum."""
+        ...
+
+    def seconds(self, pieces: Sequence[Piece]) -> list[float]:
+        """What each stage takes."""
+        ...
+
+
+def best(oracle: Oracle, objective: Objective, at_most: float = math.inf) -> Pieces | None:
+    """The stages that an objective is least for; None where nothing fits, or nothing can be below `at_most`."""
+    if objective.micro_batches == 1:
+        least = oracle.least_sum()
+        return least[0] if least is not None else None
+    found = smallest_largest(oracle, at_most / objective.micro_batches)
+    if found is None:
+        return None
+    pieces, bottleneck_s = found
+    if objective.only_largest(oracle.most_stages):
+        return pieces
+
+    def value(one: Pieces) -> float:
+        seconds = oracle.seconds(one)
+        return objective.value(sum(seconds), max(seconds))
+
+    join = _rounds if objective.form == "rounds" else _fill
+    return min([pieces, *join(oracle, objective, bottleneck_s * (1 + 2 * TOLERANCE), value)], key=value)
+
+
+def smallest_largest(oracle: Oracle, at_most: float = math.inf) -> tuple[Pieces, float] | None:
+    """Stages whose largest is smallest, and that; None if nothing fits or it could not be at most `at_most`."""
+    low, high = 0.0, min(oracle.longest_s(), at_most)
+    pieces = oracle.within(high)
+    if pieces is None:
+        return None
+    while high - low > TOLERANCE * high:
+        middle = (low + high) / 2
+        found = oracle.within(middle)
+        if found is None:
+            low = middle
+        else:
+            pieces, high = found, middle
+    return pieces, high
+
+
+def _rounds(oracle: Oracle, objective: Objective, limit: float, value: Callable[[Pieces], float]) -> list[Pieces]:
+    """max(Σ, m M) ≤ V exactly if the least sum with stages of at most V / m is no more than V: V is bisected."""
+    count = objective.micro_batches
+    tight, loose = oracle.least_sum(limit), oracle.least_sum()
+    assert tight is not None
+    assert loose is not None
+    found = [tight[0], loose[0]]
+    low, high = max(loose[1], count * limit * (1 - 4 * TOLERANCE)), min(map(value, found))
+    while high - low > JOINED * high:
+        middle = (low + high) / 2
+        least = oracle.least_sum(middle / count)
+        if least is None or least[1] > middle * (1 + SLACK):
+            low = middle
+        else:
+            found.append(least[0])
+            high = middle
+    return found
+
+
+def _fill(oracle: Oracle, objective: Objective, limit: float, value: Callable[[Pieces], float]) -> list[Pieces]:
+    """Intervals of limits are halved; one that cannot hold anything better is dropped.
+
+    What has its largest stage in (low, high] has at least the least sum that `high` allows.
+    """
+    rest = objective.micro_batches - 1
+    loose = oracle.least_sum()
+    assert loose is not None
+    found, least_value = [loose[0]], value(loose[0])
+    intervals = [(limit, max(oracle.seconds(loose[0])), loose[1])] if rest else []
+    while intervals:
+        low, high, bound = intervals.pop()
+        if bound + rest * low >= least_value * (1 - JOINED):
+            continue
+        narrow = high - low <= JOINED * high
+        middle = low if narrow else (low + high) / 2
+        least = oracle.least_sum(middle)
+        if least is not None:
+            found.append(least[0])
+            least_value = min(least_value, value(least[0]))
+        if narrow:
+            continue
+        intervals.append((middle, high, bound))
+        if least is not None:
+            intervals.append((low, min(middle, max(oracle.seconds(least[0]))), least[1]))
+    return found

@@ -1,0 +1,51 @@
+"""What is found is the least that there is, by going through every plan of random small problems."""
+
+import itertools
+import math
+
+import pytest
+
+from llmopt.partition.classes import AnyOrder
+from llmopt.partition.fixed import FixedOrder
+from llmopt.partition.joining import best
+from tests.partition.brute import brute_force, case, slots_of, worth
+
+
+def value(kinds, slots, objective, pieces):
+    groups = [(piece.slot, piece.kind) for piece in pieces]
+    return worth(kinds, slots, objective, groups, (0, *(piece.stop for piece in pieces)))
+
+
+def found_in(order, objective):
+    alone = order.alone()
+    several = best(order, objective)
+    plans = [each for each in ([alone] if alone else None, several) if each]
+    return min((value(order.kinds, order.slots, objective, plan) for plan in plans), default=math.inf)
+
+
+@pytest.mark.parametrize("first", range(0, 600, 100))
+def test_a_fixed_order_is_cut_as_well_as_any_cut(first):
+    for seed in range(first, first + 100):
+        kinds, options, devices, hops, objective = case(seed)
+        slots = slots_of(devices, options, hops)
+        found = found_in(FixedOrder(kinds=kinds, slots=slots), objective)
+        assert found == pytest.approx(brute_force(kinds, slots, objective), rel=1e-9), seed
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_classes_in_any_order_are_cut_as_well_as_in_the_best(first):
+    for seed in range(first, first + 50):
+        kinds, options, devices, hops, objective = case(seed, uniform=True)
+        names = [name for name, _ in devices]
+        wanted = math.inf
+        for order in set(itertools.permutations(names)):
+            slots = slots_of([(name, place) for place, name in enumerate(order)], options, hops)
+            wanted = min(wanted, brute_force(kinds, slots, objective))
+        counts = [names.count(name) for name in options]
+        free = AnyOrder(kinds=kinds, counts=counts, degrees=[1] * len(kinds), hop_s=hops[1])
+        several = best(free, objective)
+        there = [kind for kind, count in zip(kinds, counts, strict=True) if count and math.isfinite(kind.alone())]
+        values = [objective.value(kind.alone(), kind.alone()) for kind in there]
+        if several is not None:
+            values.append(value(kinds, free.slots, objective, several))
+        assert min(values, default=math.inf) == pytest.approx(wanted, rel=1e-9), seed

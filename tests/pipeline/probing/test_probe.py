@@ -1,0 +1,83 @@
+"""What a machine can do, measured: numbers that make sense, and a file that says them."""
+
+import pytest
+import torch
+
+from llmopt.cli.app import app
+from llmopt.cli.outcome import run
+from llmopt.errors import UsageError
+from llmopt.partition.cluster import load_cluster
+from llmopt.pipeline.probing import compute
+from llmopt.pipeline.probing.cluster_file import cluster, write_cluster
+from llmopt.pipeline.probing.compute import Compute, Speed, kinds, measure_compute
+from llmopt.pipeline.probing.links import LARGE_BYTES, SMALL_BYTES, Link, _link
+from llmopt.pipeline.probing.probe import DeviceProbe, Probe, ProbeRequest, probe
+from llmopt.progress import Silent
+
+ALONE = Compute(speeds={"float32": Speed(flops=5e10, bytes_per_s=1e10)}, block_s=1e-4)
+IDLE = Compute(speeds={"float32": Speed(flops=9e10, bytes_per_s=9e10)}, block_s=9e-4)
+FOUND = Probe(
+    ranks=2,
+    device=DeviceProbe(
+        name="a core", is_gpu=False, memory_bytes=10**9, process_bytes=10**8, alone=IDLE, together=ALONE
+    ),
+    messages=Link(latency_s=1e-4, bytes_per_s=1.23456e9),
+    sums=Link(latency_s=2e-4, bytes_per_s=1e9),
+)
+
+
+def test_a_device_is_measured_in_every_kind_that_it_computes_with(monkeypatch):
+    monkeypatch.setattr(compute, "_SECONDS", 0.0)
+    monkeypatch.setattr(compute, "_BEYOND_CACHES_BYTES", 1 << 24)
+    found = measure_compute(torch.device("cpu"))
+    assert tuple(found.speeds) == kinds(torch.device("cpu"))
+    for speed in found.speeds.values():
+        assert 1e8 < speed.flops < 1e14
+        assert 1e7 < speed.bytes_per_s < 1e13
+    assert 1e-6 < found.block_s < 1
+
+
+def test_a_link_is_a_line_through_two_sizes():
+    found = _link(lambda size_bytes: 0.001 + size_bytes / 2e9)
+    assert found.latency_s == pytest.approx(0.001)
+    assert found.bytes_per_s == pytest.approx(2e9)
+    assert _link(lambda size_bytes: 0.001).latency_s == pytest.approx(0.001)
+    assert SMALL_BYTES < LARGE_BYTES
+
+
+def test_the_cluster_file_says_what_was_found_while_all_ranks_work(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    write_cluster(cluster(FOUND), path)
+    read = load_cluster(path)
+    assert read == cluster(FOUND)
+    device = read.device_class("cpu")
+    assert device.speeds["float32"].flops == pytest.approx(5e10)
+    assert device.speeds["float32"].bytes_per_s == pytest.approx(1e10)
+    assert device.usable_bytes == pytest.approx(9e8)
+    assert device.launch_s == pytest.approx(1e-4)
+    assert len(read.all_devices()) == 2
+    node = read.nodes[0]
+    assert node.link.seconds(0) == pytest.approx(1e-4)
+    assert node.sums.seconds(1e9) == pytest.approx(1 + 2e-4)
+
+
+def test_more_ranks_than_devices_are_refused():
+    with pytest.raises(UsageError, match="1000 ranks, where there are"):
+        probe(ProbeRequest(ranks=1000), Silent())
+
+
+def test_a_file_that_is_there_is_not_replaced_and_nothing_is_measured(tmp_path, capsys):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("mine")
+    assert run(app, ["probe", "-o", str(path)]) == 2
+    assert "--force replaces it" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+    assert run(app, ["probe", "-o", str(tmp_path / "no" / "cluster.yaml")]) == 2
+
+
+@pytest.mark.slow
+def test_the_command_measures_and_writes(tmp_path, capsys):
+    path = tmp_path / "cluster.yaml"
+    assert run(app, ["probe", "-o", str(path), "--ranks", "1", "-q"]) == 0
+    assert "1 × " in capsys.readouterr().out
+    assert len(load_cluster(path).all_devices()) == 1
