@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from llmopt.partition.problem import SLACK, Array, Kind, Piece, Slot, stage_seconds
 from llmopt.partition.window import first_items, window_minimum
@@ -144,7 +145,7 @@ class _Step:
     kind: Kind
     hop_s: float
     limit: float
-    first: Array = field(init=False)
+    first: npt.NDArray[np.int64] = field(init=False)
     pairs: Array | None = field(init=False)
 
     def __post_init__(self) -> None:

@@ -62,13 +62,15 @@ def best(oracle: Oracle, objective: Objective, at_most: float = math.inf) -> Pie
     return min([pieces, *join(oracle, objective, bottleneck_s * (1 + 2 * TOLERANCE), value)], key=value)
 
 
-def smallest_largest(oracle: Oracle, at_most: float = math.inf) -> tuple[Pieces, float] | None:
+def smallest_largest(
+    oracle: Oracle, at_most: float = math.inf, tolerance: float = TOLERANCE
+) -> tuple[Pieces, float] | None:
     """Stages whose largest is smallest, and that; None if nothing fits or it could not be at most `at_most`."""
     low, high = 0.0, min(oracle.longest_s(), at_most)
     pieces = oracle.within(high)
     if pieces is None:
         return None
-    while high - low > TOLERANCE * high:
+    while high - low > tolerance * high:
         middle = (low + high) / 2
         found = oracle.within(middle)
         if found is None:
