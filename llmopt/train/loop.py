@@ -168,8 +168,9 @@ class Trainer:
         return torch.autocast("cpu", dtype=self.settings.precision.dtype)
 
     def _after_step(self) -> None:
-        every = self.settings.evaluate_every
-        if every is not None and self.state.step % every == 0:
+        # By the share of the run that is done, which is the clock's where there are minutes and no steps.
+        done, _ = self.replicas.of_first(self._done_and_rate)
+        if int(done * self.settings.evaluations) >= len(self.state.evaluations):
             self._evaluate()
         if self.checkpoints is not None and self._is_due():
             self._save()

@@ -40,8 +40,8 @@ class Settings:
     """A run of `steps` steps, or of as many as fit into `seconds`; of both, what comes first.
 
     Rates rise for `warmup_steps` steps, and fall on a cosine to `final_share` of their peak when the run ends. The loss
-    on held-out text is asked for every `evaluate_every` steps and at the end; behind `patience` times without a new
-    best the run ends, and what was best is what is left.
+    on held-out text is asked for `evaluations` times, the last at the end; behind `patience` of them without a new best
+    the run ends, and what was best is what is left.
     """
 
     steps: int | None = None
@@ -51,7 +51,7 @@ class Settings:
     warmup_steps: int = 0
     final_share: float = 0.0
     clip: float | None = 1.0  # the norm of all gradients together, at most
-    evaluate_every: int | None = None
+    evaluations: int = 1
     patience: int | None = None
     checkpoint_steps: int | None = None
     checkpoint_seconds: float = 300.0

@@ -105,11 +105,12 @@ def learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def capture(
     model: nn.Module, optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler, state: RunState
 ) -> Snapshot:
-    """All that a run goes on from."""
+    """All that a run goes on from; of one that is over, what it left."""
     tensors: dict[str, Tensor] = {_MODEL + name: parameter for name, parameter in learning(model)}
     tensors |= {_BEST + name: tensor for name, tensor in state.best.items()}
-    for number, optimizer in enumerate(optimizers):
-        tensors |= optimizer_tensors(optimizer, f"{_OPTIMIZER}{number}:")
+    if not state.is_over:
+        for number, optimizer in enumerate(optimizers):
+            tensors |= optimizer_tensors(optimizer, f"{_OPTIMIZER}{number}:")
     tensors[_RANDOM] = torch.get_rng_state()
     told = {name: value for name, value in vars(state).items() if name not in {"best", "evaluations"}}
     told["evaluations"] = [asdict(evaluation) for evaluation in state.evaluations]
@@ -123,12 +124,12 @@ def restore(
     """Put model, optimizers and scale where they were, and give the state of the run."""
     for name, parameter in learning(model):
         parameter.copy_(snapshot.tensors[_MODEL + name])
-    for number, optimizer in enumerate(optimizers):
+    told: dict[str, Any] = dict(snapshot.told["state"])
+    for number, optimizer in enumerate(() if told["is_over"] else optimizers):
         restore_optimizer(optimizer, f"{_OPTIMIZER}{number}:", snapshot.tensors)
     torch.set_rng_state(snapshot.tensors[_RANDOM])
     if scaler.is_enabled():
         scaler.load_state_dict(dict(snapshot.told["scaler"]))
-    told: dict[str, Any] = dict(snapshot.told["state"])
     told["evaluations"] = [Evaluation(**one) for one in told["evaluations"]]
     best = {name.removeprefix(_BEST): one for name, one in snapshot.tensors.items() if name.startswith(_BEST)}
     return RunState(**told, best=best)

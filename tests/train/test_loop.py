@@ -112,7 +112,7 @@ class Stopped(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("precision", list(Precision))
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, precision):
-    settings = Settings(steps=12, precision=precision, checkpoint_steps=5, evaluate_every=4)
+    settings = Settings(steps=12, precision=precision, checkpoint_steps=5, evaluations=3)
 
     def run(folder, stop_at=None):
         folder.mkdir(exist_ok=True)
@@ -148,7 +148,7 @@ def test_what_was_best_on_held_out_text_is_what_is_left_and_patience_ends():
         seen.append(weights(model))
         return next(losses)
 
-    outcome = trainer(Settings(steps=100, evaluate_every=2, patience=2), model, evaluate=evaluate).run()
+    outcome = trainer(Settings(steps=100, evaluations=50, patience=2), model, evaluate=evaluate).run()
     assert (outcome.steps, outcome.best_step) == (8, 4)
     assert [one.step for one in outcome.evaluations] == [0, 2, 4, 6, 8]
     assert same(weights(model), seen[2])
