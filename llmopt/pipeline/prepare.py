@@ -110,6 +110,7 @@ class Prepared:
             limit_bytes=limit_bytes(),
             refits=self.method.refits_blocks,
             candidates=max(1, len(self.method.candidates)),
+            training=None if self.training is None else self.training.options,
         )
         needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
         needed.require_room(self.request.output)

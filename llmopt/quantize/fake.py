@@ -24,8 +24,6 @@ from llmopt.quantize.int8 import limit_pairs
 from llmopt.quantize.learn import START
 from llmopt.quantize.weights import QuantizedWeight
 
-LOW_RANK_START = 0.02  # standard deviation of what reads the inputs; what writes the outputs starts from 0
-
 
 class FakeQuantizedWeight(nn.Module):
     """A weight, [out, in], on its way from `weight`, which quantizes `float_OI` (None: latents start at their codes).
@@ -33,10 +31,6 @@ class FakeQuantizedWeight(nn.Module):
     With a `rank`, its latents move by a product of two thin matrices only (Hu et al. 2021, arXiv 2106.09685), which is
     added before they are rounded, so nothing of it is left in what ships.
     """
-
-    start_OG1: Tensor
-    low_OG1: Tensor
-    base_OGS: Tensor
 
     def __init__(
         self,
@@ -52,16 +46,18 @@ class FakeQuantizedWeight(nn.Module):
         self.rows, self.columns = weight.codes_OI.shape
         half = torch.full((1, 1, 1), 2.0 ** (weight.scheme.bits - 1))
         zeros_OG = weight.zero_points_OG
-        self.register_buffer("low_OG1", -(half if zeros_OG is None else zeros_OG.float()[..., None]), persistent=False)
-        self.register_buffer("start_OG1", weight.scales_OG[..., None].clone(), persistent=False)
+        # No buffers, which processes that train together would send each other in every step: they do not change.
+        self.low_OG1 = -(half if zeros_OG is None else zeros_OG.float()[..., None])
+        self.start_OG1 = weight.scales_OG[..., None].clone()
         latent_OGS = self._latent(float_OI)
         self.ratio_OG1 = nn.Parameter(torch.ones_like(self.start_OG1))
         self.rank = rank
         if rank is None:
             self.latent_OGS = nn.Parameter(latent_OGS)
             return
-        self.register_buffer("base_OGS", latent_OGS, persistent=False)
-        self.read_RI = nn.Parameter(torch.randn((rank, self.columns), generator=generator) * LOW_RANK_START)
+        self.base_OGS = latent_OGS
+        # So that a change of what writes the outputs, which starts from 0, changes latents by as much.
+        self.read_RI = nn.Parameter(torch.randn((rank, self.columns), generator=generator) * rank**-0.5)
         self.write_OR = nn.Parameter(torch.zeros((self.rows, rank)))
 
     def forward(self) -> Tensor:

@@ -43,7 +43,7 @@ def replicated(model: nn.Module, replicas: Replicas) -> nn.Module:
     """The model; of several processes, one whose gradients become their mean over all as they are computed."""
     if replicas.size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model)
 
 
 def without_exchange(model: nn.Module) -> AbstractContextManager[None]:

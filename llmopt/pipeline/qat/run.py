@@ -27,13 +27,14 @@ from llmopt.train.checkpoint import Checkpoints
 from llmopt.train.loop import Trainer
 from llmopt.train.settings import Precision, Settings
 
-# Rates: of latents, in codes; of step sizes, as a part of themselves; of thin matrices, in what weights are.
-LATENT_RATE, STEP_RATE, LOW_RANK_RATE = 5e-3, 1e-3, 1e-3
+# Rates: of latents, in codes; of step sizes, as a part of themselves; of thin matrices, whose product is in codes.
+LATENT_RATE, STEP_RATE, LOW_RANK_RATE = 5e-3, 1e-3, 5e-3
 BETAS = (0.9, 0.99)
 EPSILON = 1e-15  # gradients by single weights are that small
 EVALUATIONS = 8
 PATIENCE = 4
 WARMUP_STEPS = 10
+CHECKPOINT_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ class Run:
             warmup_steps=WARMUP_STEPS,
             patience=PATIENCE,
             evaluations=EVALUATIONS,
+            checkpoint_seconds=CHECKPOINT_SECONDS,
         )
 
     def checkpoints(self, name: str) -> Checkpoints | None:
