@@ -14,6 +14,7 @@ is at all times what is stored: the same grids, scales rounded as engines keep t
 codes that no instruction saturates on.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from llmopt.quantize.grid import ANY_SCALE, ScaleRule, grouped
 from llmopt.quantize.int8 import limit_pairs
 from llmopt.quantize.learn import START
 from llmopt.quantize.weights import QuantizedWeight
+
+CACHED_WEIGHTS = 2**17  # a few tensors of so many float32 are in the cache of a core together
 
 
 class FakeQuantizedWeight(nn.Module):
@@ -47,7 +50,8 @@ class FakeQuantizedWeight(nn.Module):
         half = torch.full((1, 1, 1), 2.0 ** (weight.scheme.bits - 1))
         zeros_OG = weight.zero_points_OG
         # No buffers, which processes that train together would send each other in every step: they do not change.
-        self.low_OG1 = -(half if zeros_OG is None else zeros_OG.float()[..., None])
+        low_OG1 = -(half if zeros_OG is None else zeros_OG.float()[..., None])
+        self.low_OG1 = low_OG1.expand(self.rows, -1, -1)
         self.start_OG1 = weight.scales_OG[..., None].clone()
         latent_OGS = self._latent(float_OI)
         self.ratio_OG1 = nn.Parameter(torch.ones_like(self.start_OG1))
@@ -87,9 +91,10 @@ class FakeQuantizedWeight(nn.Module):
         """As they are stored, [out, groups, 1]."""
         return self.rule.stored(self.start_OG1 * self.ratio_OG1.detach())
 
-    def codes(self, places_OGS: Tensor) -> Tensor:
-        """The codes, less the zero point, of latents in steps of now."""
-        codes_OGS = places_OGS.round().clamp_(self.low_OG1, self.low_OG1 + (self.weight.scheme.levels - 1))
+    def codes(self, places_OGS: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The codes, less the zero point, of latents in steps of now, those of some rows; in their place."""
+        low_OG1 = self.low_OG1[rows]
+        codes_OGS = places_OGS.round_().clamp_(low_OG1, low_OG1 + (self.weight.scheme.levels - 1))
         if self.weight.scheme.activation_bits == 8:
             return limit_pairs(codes_OGS.flatten(1)).view_as(codes_OGS)
         return codes_OGS
@@ -107,28 +112,46 @@ class FakeQuantizedWeight(nn.Module):
 
 
 class _LearnedStep(torch.autograd.Function):
-    """From latents in steps of the start, [out, groups, size], and ratios, [out, groups, 1], to the rounded weight."""
+    """From latents in steps of the start, [out, groups, size], and ratios, [out, groups, 1], to the rounded weight.
+
+    Some rows at a time, so that what is done to them one thing after the other is done in the processor's cache. Codes
+    are found again for the gradients, not kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, latent_OGS: Tensor, ratio_OG1: Tensor, owner: FakeQuantizedWeight) -> Tensor:
         step_OG1 = owner.step_sizes()
-        codes_OGS = owner.codes(latent_OGS * (owner.start_OG1 / step_OG1))
-        # Codes of w8 are in [-128, 127], those of asymmetric schemes of 8 bits are not: 16 bits hold both.
-        ctx.save_for_backward(latent_OGS, step_OG1, codes_OGS.to(torch.int16))
+        factor_OG1 = owner.start_OG1 / step_OG1
+        dense_OGS = torch.empty_like(latent_OGS)
+        for rows in _some_rows(latent_OGS):
+            codes_OGS = owner.codes(latent_OGS[rows] * factor_OG1[rows], rows)
+            torch.mul(codes_OGS, step_OG1[rows], out=dense_OGS[rows])
+        ctx.save_for_backward(latent_OGS, factor_OG1)
         ctx.owner = owner
-        return codes_OGS.mul_(step_OG1)
+        return dense_OGS
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient_OGS,) = gradients
-        latent_OGS, step_OG1, codes_OGS = ctx.saved_tensors
+        latent_OGS, factor_OG1 = ctx.saved_tensors
         owner: FakeQuantizedWeight = ctx.owner
-        residual_OGS = codes_OGS - latent_OGS * (owner.start_OG1 / step_OG1)
-        clipped_OGS = residual_OGS.abs() > 0.5
-        by_step_OG1 = (gradient_OGS * torch.where(clipped_OGS, codes_OGS, residual_OGS)).sum(-1, keepdim=True)
+        by_latent_OGS, by_step_OG1 = torch.empty_like(latent_OGS), torch.empty_like(factor_OG1)
+        for rows in _some_rows(latent_OGS):
+            gradient = gradient_OGS[rows]
+            places = latent_OGS[rows] * factor_OG1[rows]
+            codes = owner.codes(places.clone(), rows)
+            residual = codes - places
+            clipped = residual.abs() > 0.5
+            by_step_OG1[rows] = torch.where(clipped, codes, residual).mul_(gradient).sum(-1, keepdim=True)
+            torch.mul(gradient, owner.start_OG1[rows], out=by_latent_OGS[rows]).masked_fill_(clipped, 0.0)
         size, largest = latent_OGS.shape[-1], 2 ** (owner.weight.scheme.bits - 1) - 1
-        by_ratio_OG1 = by_step_OG1 * owner.start_OG1 * (size * largest) ** -0.5
-        return (gradient_OGS * owner.start_OG1).masked_fill_(clipped_OGS, 0.0), by_ratio_OG1, None
+        return by_latent_OGS, by_step_OG1 * owner.start_OG1 * (size * largest) ** -0.5, None
+
+
+def _some_rows(values_OGS: Tensor) -> Iterator[slice]:
+    rows = len(values_OGS)
+    step = max(1, CACHED_WEIGHTS * rows // values_OGS.numel())
+    yield from (slice(start, start + step) for start in range(0, rows, step))
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:

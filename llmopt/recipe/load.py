@@ -128,8 +128,12 @@ def _with_texts_found(recipe: Recipe, document: Document) -> Recipe:
     """The recipe with its paths to text made those of what is there."""
     steps = []
     for index, step in enumerate(recipe.steps):
-        calib = _found(step.quantize.calib, document.place(("steps", index, "quantize", "calib")))
-        steps.append(step.model_copy(update={"quantize": step.quantize.model_copy(update={"calib": calib})}))
+        keys: Keys = ("steps", index, "quantize")
+        found: dict[str, object] = {"calib": _found(step.quantize.calib, document.place((*keys, "calib")))}
+        if (training := step.quantize.training) is not None:
+            data = _found(training.data, document.place((*keys, "training", "data")))
+            found["training"] = training.model_copy(update={"data": data})
+        steps.append(step.model_copy(update={"quantize": step.quantize.model_copy(update=found)}))
     recipe = recipe.model_copy(update={"steps": tuple(steps)})
     if recipe.bench is None:
         return recipe

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmopt.quantize import fake as fake_module
 from llmopt.quantize.fake import FakeQuantizedWeight, straight_through
 from llmopt.quantize.gptq import Gptq
 from llmopt.quantize.grid import HALF_SCALE, ScaleRule
@@ -49,6 +50,19 @@ def test_what_is_trained_is_what_ships(scheme: str, rank: int | None):
     assert scheme != "w8a8" or sums_fit(stored.codes_OI)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_some_rows_at_a_time_are_all_rows_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch):
+    whole, upstream_OI = moved(fake(scheme)), random(ROWS, COLUMNS, seed=3)
+    found = []
+    for weights in (2**20, 3 * COLUMNS):
+        monkeypatch.setattr(fake_module, "CACHED_WEIGHTS", weights)
+        whole.zero_grad()
+        dense_OI = whole()
+        (dense_OI * upstream_OI).sum().backward()
+        found.append((dense_OI.detach(), whole.latent_OGS.grad, whole.ratio_OG1.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a16-sym", "w4a16-channel-sym", "w8a16"])
 def test_the_gradient_of_a_step_size_is_the_finite_difference_with_the_rounding_held(scheme: str):
     """With the rounding error of each weight held, ŵ(s) = w + s·(round(w/s₀) - w/s₀), or s times the outermost code."""
@@ -58,7 +72,7 @@ def test_the_gradient_of_a_step_size_is_the_finite_difference_with_the_rounding_
     upstream_OI = random(ROWS, COLUMNS, seed=3)
     (weight() * upstream_OI).sum().backward()
     start = weight.start_OG1.double()
-    latent, codes = weight.latent_OGS.detach().double(), weight.codes(weight.latent_OGS.detach()).double()
+    latent, codes = weight.latent_OGS.detach().double(), weight.codes(weight.latent_OGS.detach().clone()).double()
     clipped = codes != latent.round()
     assert 0 < int(clipped.sum()) < clipped.numel() / 2
     held = codes - latent
