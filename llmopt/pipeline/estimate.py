@@ -142,7 +142,9 @@ class Work:
                 "a block": max(map(self._block_step, self.spec.blocks)),
                 "the head": 0 if self.spec.tied else self._head_step(),
                 **({} if self.training is None else {TRAINING: self._training_step(self.training)}),
-                "verification": self.format.verification_bytes(self.spec, output_bytes, self._logits_bytes()),
+                "verification": self.format.verification_bytes(
+                    self.spec, self.assignments, output_bytes, self._logits_bytes()
+                ),
             },
             output_bytes=output_bytes,
             journal_bytes=0 if self.tokens is None else self._held(self.spec.tensors()),
