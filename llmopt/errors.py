@@ -10,6 +10,7 @@
     ├── FallbackError      3  a layer cannot have the scheme that was asked for
     ├── BudgetError        3  nothing within the budget could be made
     ├── VerificationError  3  an export does not compute what the quantized model computes
+    ├── DivergedError      3  training has come to a loss or a gradient that is no number
     ├── ResourceError      3  disk or memory does not suffice
     └── Interrupted      130  somebody stopped it, and there is something to say about that
 
@@ -95,6 +96,10 @@ class BudgetError(LlmoptError):
 
 class VerificationError(LlmoptError):
     """The exported graph does not compute what the quantized model computes."""
+
+
+class DivergedError(LlmoptError):
+    """Training has come to a loss or a gradient that is no number."""
 
 
 class ResourceError(LlmoptError):

@@ -205,7 +205,7 @@ def replaced(old, new):
         (replaced("{lm_head: w8a8}", "{lm_head: ▸w8}"), "'w8' is not a scheme", "w8a16, w4a16 or w8a8"),
         (
             replaced("method: rtn", "method: rtn, minutes: ▸5"),
-            "only auto makes do",
+            "only auto and qat make do",
             "method auto, or",
         ),
         (replaced("method: rtn", "method: auto, minutes: ▸0"), "0 minutes are no time", "give more than 0"),

@@ -145,7 +145,7 @@ class TestQuantize:
             (["--method", "gptq", "--calib", "none.txt"], "none.txt"),
             (["--method", "gptq", "--calib-tokens", "100"], "640 inputs"),
             (["--method", "gtpq"], "did you mean 'gptq'?"),
-            (["--method", "gptq", "--minutes", "5"], "only auto makes do with some minutes"),
+            (["--method", "gptq", "--minutes", "5"], "only auto and qat make do with some minutes"),
             (["--method", "auto", "--minutes", "-1"], "-1 minutes are no time"),
         ],
     )

@@ -56,6 +56,15 @@ class Journal:
         self._put(name, data)
         self._put(name + _SEAL, _seal(data))
 
+    def names(self) -> list[str]:
+        """The pieces that were finished."""
+        return sorted(path.name.removesuffix(_SEAL) for path in self.folder.glob("*" + _SEAL))
+
+    def remove(self, name: str) -> None:
+        """Throw a piece away; its seal first, for without one it is none."""
+        (self.folder / (name + _SEAL)).unlink(missing_ok=True)
+        (self.folder / name).unlink(missing_ok=True)
+
     def _put(self, name: str, data: bytes) -> None:
         partial = self.folder / (name + _PARTIAL)
         with partial.open("wb") as file:

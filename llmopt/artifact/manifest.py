@@ -64,6 +64,7 @@ class Manifest:
     method: str | None = None
     minutes: float | None = None
     calibration: Mapping[str, str | int] | None = None
+    training: Mapping[str, str | bool | int | float | None] | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     cast: str | None = None

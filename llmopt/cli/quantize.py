@@ -27,6 +27,16 @@ from llmopt.cli.options import (
 from llmopt.cli.outcome import explain as explained
 from llmopt.cli.outcome import resumable
 from llmopt.cli.processes import require_one_process
+from llmopt.cli.training import (
+    Batch,
+    ByBlock,
+    CrossEntropy,
+    LoraRank,
+    Precision,
+    Steps,
+    TrainData,
+    training_options,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -73,7 +83,8 @@ def quantize(
             "with later columns making up for the errors of earlier ones; reconstruct, the same and then whole blocks "
             "learn from the float ones; auto, for each layer and block what measures best of these, on text that is "
             "held out. Before it may stand awq or smoothquant, which scale inputs against weights, or rotate, which "
-            "mixes channels of the residual stream and of heads: awq+gptq.",
+            "mixes channels of the residual stream and of heads: awq+gptq. Behind it qat: what it made is trained to "
+            "be what the float model is, reconstruct+qat; by itself that follows gptq.",
         ),
     ] = "rtn",
     minutes: Annotated[
@@ -81,11 +92,19 @@ def quantize(
         typer.Option(
             "--minutes",
             metavar="N",
-            help="With --method auto: quantize in so many minutes; verifying comes behind. All layers get what is "
-            "quick; as there is time for it, gptq and then learning go to blocks spread over the model, so another run "
-            "may give another artifact. Default: everything for all, and the same artifact each time.",
+            help="With --method auto or qat: quantize, and train, in so many minutes; verifying comes behind. With "
+            "auto all layers get what is quick; as there is time for it, gptq and then learning go to blocks spread "
+            "over the model. Another run may give another artifact. Default: everything for all, --steps, and the same "
+            "artifact each time.",
         ),
     ] = None,
+    train_data: TrainData = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    cross_entropy: CrossEntropy = None,
+    lora_rank: LoraRank = None,
+    by_block: ByBlock = False,
+    precision: Precision = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -196,6 +215,7 @@ def quantize(
 
     from llmopt.pipeline.request import QuantizeRequest
 
+    training = training_options(train_data, steps, batch, cross_entropy, lora_rank, by_block, precision)
     request = QuantizeRequest(
         model=model,
         output=output,
@@ -203,6 +223,7 @@ def quantize(
         budget=asked,
         method=method,
         minutes=minutes,
+        training=training,
         calib=calib,
         calib_tokens=calib_tokens,
         overrides=overrides,

@@ -18,6 +18,8 @@ from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 from llmopt.pipeline.calibration import KEPT_BYTES, WINDOW
 from llmopt.pipeline.formats.base import Assignments, Format
 from llmopt.pipeline.parts import CHUNK_WEIGHTS
+from llmopt.pipeline.qat.data import AT_ONCE
+from llmopt.pipeline.qat.options import QatOptions
 from llmopt.pipeline.windows import COUNT, LENGTH
 from llmopt.quantize.scheme import Scheme
 
@@ -30,6 +32,13 @@ MOMENT_BYTES = 4 * FLOAT + 6 * DOUBLE
 # A weight while it learns: as a float, its place among the codes, its levels, the dense weight, its gradient, and what
 # a step makes of that.
 LEARNT_BYTES = 7 * FLOAT
+# A weight while it is trained: its latent, the gradient of that, what Adam remembers, twice, the best so far, as a
+# float and in codes, the gradient of the float; and in the float model. With thin matrices the moving parts are those.
+TRAINED_BYTES, THIN_TRAINED_BYTES = 9 * FLOAT, 5 * FLOAT
+# What is kept of a token in a block for its gradients: so many values of the width of the model, and of its MLP.
+KEPT_HIDDEN, KEPT_WIDE = 14, 5
+TRAINING = "training"
+TRAINED_LOGITS = 7  # copies of the logits of a batch: student, teacher, the gradient, and while these are made
 # What a candidate leaves while others are tried: codes, scales and zero points. And the second moment that they are all
 # judged by, once it is made and while that is done.
 TRIED_BYTES = 2
@@ -101,8 +110,12 @@ class Estimate:
             raise ResourceError(
                 f"the memory has no room: about {_megabytes(self.more_bytes)} more needed, "
                 f"{_megabytes(available)} available",
-                hint="close other programs, give fewer --calib-tokens, or use a smaller model",
+                hint=f"close other programs, {self._remedy()}, or use a smaller model",
             )
+
+    def _remedy(self) -> str:
+        greediest = max(self.steps, key=self.steps.__getitem__)
+        return "train with --by-block" if greediest == TRAINING else "give fewer --calib-tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +130,7 @@ class Work:
     limit_bytes: int  # of one list of activations; more of it is on the disk
     candidates: int = 1  # methods that are tried for each linear
     refits: bool = False  # blocks, from the float model's hidden states beside the others
+    training: QatOptions | None = None  # of what was quantized
 
     def estimate(self, output_bytes: int) -> Estimate:
         """The estimate, for this process as it is now, where model files will take so much."""
@@ -127,6 +141,7 @@ class Work:
                 "the token table": self._table_step(),
                 "a block": max(map(self._block_step, self.spec.blocks)),
                 "the head": 0 if self.spec.tied else self._head_step(),
+                **({} if self.training is None else {TRAINING: self._training_step(self.training)}),
                 "verification": self.format.verification_bytes(
                     self.spec, self.assignments, output_bytes, self._logits_bytes()
                 ),
@@ -150,10 +165,29 @@ class Work:
         attention, mlp = block.attention, block.mlp
         groups = (attention.inputs, [attention.output], mlp.inputs, [mlp.down])
         copies = 2 if self.folds else 1  # the quantized weights as floats, and the folded ones
-        count = sum(tensor.count for tensor in block.tensors())
+        count = self._count(block)
         fitted = self._states_bytes(block) + max(map(self._fitted_bytes, groups))
         learnt = LEARNT_BYTES * count if self.refits else 0
         return held + copies * FLOAT * count + self._other_states_bytes(block) + max(fitted, learnt)
+
+    def _training_step(self, options: QatOptions) -> int:
+        """All parts as they were quantized; the weights that learn, and what a batch leaves for its gradients."""
+        blocks = self.spec.blocks
+        learning = max(blocks, key=self._count) if options.by_block else None
+        weights = self._count(learning) if learning else sum(map(self._count, blocks))
+        tokens = WINDOW * min(AT_ONCE, options.batch)
+        values = KEPT_HIDDEN * self.spec.hidden_size + KEPT_WIDE * max(block.mlp.size for block in blocks)
+        scores = SCORES * max(block.attention.heads for block in blocks) * WINDOW
+        kept = FLOAT * tokens * (values + scores) * (1 if learning else len(blocks))
+        # The table, and a head of its own, as floats of both models.
+        ends = sum(tensor.count for tensor in self.spec.tensors()) - sum(map(self._count, blocks))
+        tables = 0 if learning else 2 * FLOAT * ends
+        logits = 0 if learning else TRAINED_LOGITS * FLOAT * tokens * self.spec.vocab_size
+        moving = THIN_TRAINED_BYTES if options.lora_rank else TRAINED_BYTES
+        return self._held(self.spec.tensors()) + moving * weights + kept + logits + tables
+
+    def _count(self, block: Block) -> int:
+        return sum(tensor.count for tensor in block.tensors())
 
     def _head_step(self) -> int:
         hidden, _ = self._lists(self.spec.blocks[-1])

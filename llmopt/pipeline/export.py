@@ -1,6 +1,6 @@
 """A model as an artifact, quantized or not: streamed into its files, and through the reference beside them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,13 +18,15 @@ from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.journal import PartJournal
 from llmopt.pipeline.pace import Pace
 from llmopt.pipeline.parts import PartReader
+from llmopt.pipeline.qat.parts import Parts
+from llmopt.pipeline.qat.training import Training, trained_parts
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.repair import with_reasons
 from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.pipeline.spill import States, limit_bytes
 from llmopt.pipeline.verify import References, Verification
 from llmopt.pipeline.windows import verification_windows
-from llmopt.progress import Progress
+from llmopt.progress import Progress, Silent
 from llmopt.quantize.assign import Assignment
 from llmopt.quantize.fold import Fold
 from llmopt.quantize.method import Method
@@ -48,6 +50,7 @@ class Export:
     ranks: Ranks = ALONE
     turn: int | None = None  # the seed of the rotation of the residual stream; None: it is as stored
     pace: Pace = field(default_factory=Pace)
+    training: Training | None = None  # of what the method has quantized
 
     @property
     def spec(self) -> ModelSpec:
@@ -114,7 +117,7 @@ def assist(job: Export) -> None:
     windows = job.calibration.windows(job.spec, open_tokenizer(job.source))
     calibration = Calibration(job.spec, windows, job.ranks, holds_out=job.holds_out)
     with job.tensors() as tensors:
-        parts = part_reader(job, tensors, calibration)
+        parts = trained(job, part_reader(job, tensors, calibration), open_tokenizer(job.source), Silent())
         embedding = parts.embedding()
         for _ in parts.blocks():
             pass
@@ -134,7 +137,30 @@ def part_reader(
         folds=job.folds,
         journal=journal,
         turned=job.turn is not None,
+        pace=Pace() if job.training is not None else job.pace,  # what is trained has the minutes
+    )
+
+
+def trained(
+    job: Export,
+    parts: PartReader,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    states: Callable[[], States] = States,
+) -> Parts:
+    """The parts as they are handed on, trained where that was asked for."""
+    if job.training is None:
+        return parts
+    return trained_parts(
+        job.training,
+        parts,
+        tokenizer,
+        job.format.rounding,
+        states=states,
+        journal=parts.journal,
         pace=job.pace,
+        seed=job.seed,
+        progress=progress,
     )
 
 
@@ -153,7 +179,8 @@ def write_parts(
         job.tensors() as tensors,
         progress.task(f"writing {job.source.name}", total=len(spec.blocks) + 2) as task,
     ):
-        parts = part_reader(job, tensors, calibration, journal)
+        reader = part_reader(job, tensors, calibration, journal)
+        parts = trained(job, reader, Tokenizer.from_folder(folder), progress, partial(States, limit_bytes(), folder))
         embedding = parts.embedding()
         references.embedding(writer.embedding(embedding.weights))
         layers += embedding.layers

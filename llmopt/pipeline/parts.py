@@ -144,7 +144,7 @@ class PartReader:
         if self.calibration is not None:
             self.calibration.block(block, part.weights, None)
         if self.reconstruction is not None:
-            self.reconstruction.follow(block, self._floats(block))
+            self.reconstruction.follow(block, self.floats(block))
 
     def _made_embedding(self) -> Part:
         embedding = self.spec.embedding
@@ -178,7 +178,7 @@ class PartReader:
 
     def _refit(self, reconstruction: Reconstruction, block: Block, part: Part, entering: States) -> None:
         """Have a block learn from the float one; its layers say so, if that made it better."""
-        floats = self.folded or self._floats(block)
+        floats = self.folded or self.floats(block)
         reconstruction.follow(block, floats)
         if not self.has_time:
             return
@@ -213,14 +213,14 @@ class PartReader:
         if not self.folds:
             return
         assert self.calibration is not None
-        floats = self._floats(block)
+        floats = self.floats(block)
         for fold in self.folds:
             samples = self.calibration.look(block, floats)
             for name in fold_block(fold, block, floats, samples, self._scheme_of, ranks=self.ranks):
                 self.folds_of.setdefault(name, []).append(fold.name)
         self.folded = floats
 
-    def _floats(self, block: Block) -> dict[str, Tensor]:
+    def floats(self, block: Block) -> dict[str, Tensor]:
         """A block as it is stored, but linears as [out, in]."""
         floats = self._stored(block.tensors())
         for linear in block.linears():

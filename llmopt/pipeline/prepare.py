@@ -26,6 +26,8 @@ from llmopt.pipeline.mixed import (
     require_float_activations,
 )
 from llmopt.pipeline.parts import fits_table
+from llmopt.pipeline.qat.options import QatOptions
+from llmopt.pipeline.qat.training import Training
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.request import (
     QuantizeRequest,
@@ -36,6 +38,8 @@ from llmopt.pipeline.request import (
     require_measurable,
     require_spreadable,
     require_timely,
+    require_trainable,
+    training_corpus,
 )
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
 from llmopt.pipeline.spill import limit_bytes
@@ -71,6 +75,7 @@ class Prepared:
     notes: tuple[str, ...] = ()  # about the model
     rotate: Rotate | None = None  # that is to be tried on the residual stream
     tokens: int | None = None  # that this process calibrates on, for a method that looks at inputs
+    training: Training | None = None  # of what the method has quantized
 
     @property
     def largest_spec(self) -> ModelSpec:
@@ -111,6 +116,7 @@ class Prepared:
             limit_bytes=limit_bytes(),
             refits=self.method.refits_blocks,
             candidates=max(1, len(self.method.candidates)),
+            training=None if self.training is None else self.training.options,
         )
         needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
         needed.require_room(self.request.output)
@@ -127,6 +133,7 @@ class Prepared:
             method=request.method,
             minutes=request.minutes,
             calibration=None if self.calibration is None else self.calibration.entry(),
+            training=None if self.training is None else self.training.entry(),
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
             ignore=request.ignore,
             seed=request.seed,
@@ -153,6 +160,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
     require_journal(request)
     require_spreadable(request, ranks)
     require_timely(request)
+    require_trainable(request)
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
     )
@@ -166,6 +174,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
         windows, holds_out = calibration.windows(source.spec, tokenizer), bool(method.candidates)
         tokens = require_tokens(source.spec, windows, ranks, holds_out=holds_out) // ranks.size
     note = unknown_tensors_note(source)
+    training = training_of(request, progress)
     rotate, notes = of_stream(folds, source.spec, format_, assignments)
     mix = None
     if request.budget is not None:
@@ -197,7 +206,18 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
         notes=notes if note is None else (note, *notes),
         rotate=rotate,
         tokens=tokens,
+        training=training,
     )
+
+
+def training_of(request: QuantizeRequest, progress: Progress) -> Training | None:
+    """What a method that trains is to do.
+
+    Raises:
+        LlmoptError: its text is not there.
+    """
+    corpus = training_corpus(request, progress)
+    return None if corpus is None else Training(options=request.training or QatOptions(), corpus=corpus)
 
 
 def of_stream(

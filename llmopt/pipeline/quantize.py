@@ -173,6 +173,7 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, pace: Pace, 
         journal=kept,
         ranks=ranks,
         pace=pace,
+        training=prepared.training,
     )
 
 
@@ -197,7 +198,7 @@ def _written(
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
         report = describe(prepared, size_bytes, layers, verification, loss=loss, basis=basis, tuning=tuning)
-        notes = time_notes(job.pace, prepared.source.spec.blocks, layers)
+        notes = time_notes(job.pace, prepared.source.spec.blocks, layers) if job.training is None else []
         report = dataclasses.replace(report, notes=(*report.notes, *notes))
         write_json(folder / REPORT, report.to_json())
         card = card_text(Card.of(manifest, prepared.source.config, report))
@@ -239,6 +240,9 @@ def describe(
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:
             notes.append("calibrated on llmopt's own stories: --calib with text like what it will read is better")
+    if prepared.training is not None and prepared.training.trained is not None:
+        settings["training"] = {**prepared.training.entry(), **prepared.training.trained.to_json()}
+        notes += prepared.training.trained.notes()
     if basis is not None:
         settings["basis"] = basis.to_json()
         notes.append(basis.note)

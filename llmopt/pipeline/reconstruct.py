@@ -140,7 +140,7 @@ class _Run:
         return {name: weight.dense().requires_grad_() for name, weight in self.learned.items()}
 
     def error(self, entering_BTH: Tensor, exact_BTH: Tensor, dense: Mapping[str, Tensor]) -> Tensor:
-        """Σ w (y - ŷ)² / Σ w y² over tokens, with w = min(1, median y² / y²)."""
+        """See `block_error`."""
 
         def apply(linear: Linear, x: Tensor) -> Tensor:
             name = linear.weight.name
@@ -151,10 +151,15 @@ class _Run:
                 x = x + (round_rows(x) - x).detach()
             return torch.nn.functional.linear(x, dense[name], bias)
 
-        exact_BTH = exact_BTH.clone()  # not one that was made for inference only
-        squares_BT = exact_BTH.square().sum(-1)
-        counted_BT = (squares_BT.median() / squares_BT.clamp_min(TINY)).clamp_max_(1)
         turn = self.turn(entering_BTH.shape[1])
+        # Copies: tensors that were made for inference only have no gradients.
         found_BTH = block_forward(self.block, self.others, entering_BTH.clone(), turn, apply=apply)
-        errors_BT = (found_BTH - exact_BTH).square().sum(-1)
-        return (errors_BT * counted_BT).sum() / (squares_BT * counted_BT).sum().clamp_min(TINY)
+        return block_error(found_BTH, exact_BTH.clone())
+
+
+def block_error(found: Tensor, exact: Tensor) -> Tensor:
+    """Σ w (y - ŷ)² / Σ w y² over tokens, with w = min(1, median y² / y²); [..., T, H] each."""
+    squares = exact.square().sum(-1)
+    counted = (squares.median() / squares.clamp_min(TINY)).clamp_max_(1)
+    errors = (found - exact).square().sum(-1)
+    return (errors * counted).sum() / (squares * counted).sum().clamp_min(TINY)

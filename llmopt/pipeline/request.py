@@ -5,11 +5,12 @@ from pathlib import Path
 
 from llmopt.artifact import Resume
 from llmopt.calibrate.load import TO_FIT, load_text
-from llmopt.calibrate.text import built_in
+from llmopt.calibrate.text import Corpus, built_in
 from llmopt.errors import UsageError
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
 from llmopt.pipeline.formats.hf import HF
 from llmopt.pipeline.formats.onnx import ONNX
+from llmopt.pipeline.qat.options import QatOptions
 from llmopt.pipeline.ranks import Ranks
 from llmopt.pipeline.tuning import KERNELS, MEASURED
 from llmopt.precision.budget import Budget
@@ -17,8 +18,10 @@ from llmopt.precision.short import check_dtype
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Override
 from llmopt.quantize.method import Method
-from llmopt.quantize.registry import check_minutes, looks_at_inputs
+from llmopt.quantize.registry import TRAINED, check_minutes, looks_at_inputs, trains
 from llmopt.quantize.scheme import Scheme
+
+TRAINING_STORIES = 4000  # that come with llmopt, of about 100 tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +37,8 @@ class QuantizeRequest:
     scheme: Scheme
     budget: Budget | None = None
     method: str = "rtn"
-    minutes: float | None = None  # that quantizing may take, for method auto; None: all that it needs
+    minutes: float | None = None  # that quantizing may take, for methods auto and qat; None: all that it needs
+    training: QatOptions | None = None  # for method qat; None: its defaults
     calib: str | Path | None = None  # text, or the name of a dataset; None: what comes with llmopt
     calib_tokens: int | None = None
     overrides: tuple[Override, ...] = ()
@@ -126,6 +130,41 @@ def require_timely(request: QuantizeRequest) -> None:
         UsageError: it cannot.
     """
     check_minutes(request.minutes, request.method)
+
+
+def require_trainable(request: QuantizeRequest) -> None:
+    """See that what is said of training is said of a method that trains, and can be done.
+
+    Raises:
+        UsageError: it is not, or cannot.
+    """
+    if request.training is None:
+        return
+    if not trains(request.method):
+        raise UsageError(
+            f"method {request.method} does not train: it reads no --train-data, and has no steps",
+            hint=f"--method {request.method}+{TRAINED}",
+        )
+    request.training.check()
+
+
+def training_corpus(request: QuantizeRequest, progress: Progress) -> Corpus | None:
+    """What a method that trains learns from; None for one that does not.
+
+    Raises:
+        UsageError: it is not there.
+        DataError: a dataset cannot be fetched, or holds no text.
+    """
+    if not trains(request.method):
+        return None
+    data = None if request.training is None else request.training.data
+    if data is None:
+        return (
+            built_in("calibration", TRAINING_STORIES)
+            if request.calib is None
+            else load_text(request.calib, TO_FIT, progress)
+        )
+    return load_text(data, TO_FIT, progress)
 
 
 def calibration_text(request: QuantizeRequest, method: Method, progress: Progress) -> CalibrationText | None:

@@ -12,6 +12,7 @@ from llmopt.pipeline.cast import execute_cast
 from llmopt.pipeline.cast_request import CastRequest, PreparedCast, prepare_cast
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.prepare import Prepared, prepare
+from llmopt.pipeline.qat.options import QatOptions
 from llmopt.pipeline.quantize import execute
 from llmopt.pipeline.request import QuantizeRequest
 from llmopt.precision.budget import parse_budget
@@ -158,6 +159,7 @@ def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> Quantiz
         budget=None if step.budget is None else parse_budget(step.budget),
         method=step.method,
         minutes=step.minutes,
+        training=None if step.training is None else QatOptions(**step.training.model_dump()),
         calib=step.calib,
         calib_tokens=step.calib_tokens,
         overrides=tuple((pattern, parse_scheme(scheme)) for pattern, scheme in step.overrides.items()),

@@ -1,6 +1,7 @@
 """The methods, by the names that people type. A method is imported when it is used: most of them need torch.
 
-A fold may stand before a method, `smoothquant+gptq`; by itself it is followed by `search`.
+A fold may stand before a method, `smoothquant+gptq`; by itself it is followed by `search`. Behind a method may stand
+`qat`, `reconstruct+qat`: what it made is trained; by itself that follows `gptq`.
 """
 
 import importlib
@@ -31,6 +32,8 @@ FOLDS: Mapping[str, str] = {
 JOIN = "+"
 BEHIND_A_FOLD = "search"
 TIMED = "auto"
+TRAINED = "qat"
+BEFORE_TRAINING = "gptq"
 
 
 def check_method(name: str) -> None:
@@ -52,9 +55,9 @@ def check_minutes(minutes: float | None, name: str) -> None:
         return
     if not 0 < minutes < math.inf:
         raise UsageError(f"{minutes:g} minutes are no time to quantize in", hint="give more than 0, such as 10")
-    if split(name)[1] != TIMED:
+    if split(name)[1] != TIMED and not trains(name):
         raise UsageError(
-            f"method {name} does the same in whatever time: only {TIMED} makes do with some minutes",
+            f"method {name} does the same in whatever time: only {TIMED} and {TRAINED} make do with some minutes",
             hint=f"method {TIMED}, or leave minutes out",
         )
 
@@ -83,20 +86,27 @@ def looks_at_inputs(name: str) -> bool:
     Raises:
         UsageError: there is no such method.
     """
-    return bool(split(name)[0]) or find_method(name).needs_inputs
+    return bool(split(name)[0]) or trains(name) or find_method(name).needs_inputs
+
+
+def trains(name: str) -> bool:
+    """Whether what the method of that name makes is trained."""
+    return name.rsplit(JOIN, maxsplit=1)[-1] == TRAINED
 
 
 def split(name: str) -> tuple[tuple[str, ...], str]:
-    """A method's name as its folds, and what rounds behind them.
+    """A method's name as its folds, and what rounds behind them; whether that is trained is left out.
 
     Raises:
         UsageError: a part is not known, or not in its place.
     """
-    *first, last = name.split(JOIN)
+    if name == TRAINED:
+        name = BEFORE_TRAINING
+    *first, last = name.removesuffix(JOIN + TRAINED).split(JOIN)
     folds, method = (tuple(first), last) if last not in FOLDS else ((*first, last), BEHIND_A_FOLD)
     for part in (*folds, method):
         if part not in METHODS and part not in FOLDS:
-            raise UsageError(f"there is no method {part!r}", hint=near_match(part, [*METHODS, *FOLDS]))
+            raise UsageError(f"there is no method {part!r}", hint=near_match(part, [*METHODS, *FOLDS, TRAINED]))
     misplaced = [part for part in folds if part not in FOLDS]
     if misplaced or len(set(folds)) < len(folds):
         raise UsageError(

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from llmopt.calibrate.dataset_name import SYNTAX, could_be_on_the_hub
 from llmopt.errors import RecipeError, near_match
 from llmopt.recipe.document import Document, Keys, Place, parse
-from llmopt.recipe.schema import SCHEMA, Recipe, Vocabulary
+from llmopt.recipe.schema import SCHEMA, QuantizeStep, Recipe, Vocabulary
 
 _LARGEST_BYTES = 1_000_000
 # In people's words, what pydantic says in Python's.
@@ -133,8 +133,12 @@ def _with_texts_found(recipe: Recipe, document: Document) -> Recipe:
     """The recipe with its paths to text made those of what is there."""
     steps = []
     for index, step in enumerate(recipe.steps):
-        calib = _found(step.work.calib, document.place(("steps", index, step.kind, "calib")))
-        steps.append(step.model_copy(update={step.kind: step.work.model_copy(update={"calib": calib})}))
+        keys: Keys = ("steps", index, step.kind)
+        found: dict[str, object] = {"calib": _found(step.work.calib, document.place((*keys, "calib")))}
+        if isinstance(step.work, QuantizeStep) and (training := step.work.training) is not None:
+            data = _found(training.data, document.place((*keys, "training", "data")))
+            found["training"] = training.model_copy(update={"data": data})
+        steps.append(step.model_copy(update={step.kind: step.work.model_copy(update=found)}))
     recipe = recipe.model_copy(update={"steps": tuple(steps)})
     if recipe.bench is None:
         return recipe

@@ -104,6 +104,25 @@ class Section(BaseModel):
         return content
 
 
+class Training(Section):
+    """How a method that ends in qat trains."""
+
+    data: str | None = None
+    """Text to learn from, named as for calib. null: that of calib, else llmopt's own stories."""
+    steps: Count | None = None
+    """How many steps. null: 400, or as many as fit into the minutes."""
+    batch: Count = 2
+    """Windows of 512 tokens in a step."""
+    cross_entropy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the text's own cross entropy in the loss; the rest is the divergence from the float model."""
+    lora_rank: Count | None = None
+    """Weights move by products of thin matrices of that rank. null: each by itself."""
+    by_block: bool = False
+    """Train one block at a time, for models that do not fit into memory as a whole."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What products are computed in; weights and updates are fp32."""
+
+
 class QuantizeStep(Section):
     """Quantize the model; the artifact is a folder of the step's name under the recipe's output."""
 
@@ -115,9 +134,11 @@ class QuantizeStep(Section):
     """Choose each layer's scheme within 92MB, 4.5bits or '+2% perplexity'. null: every layer gets `scheme`."""
     method: Annotated[str, AfterValidator(_known_method)] = "rtn"
     """How the numbers are found: rtn, search, gptq, reconstruct or auto; awq, smoothquant or rotate may stand before,
-    as in smoothquant+gptq."""
+    as in smoothquant+gptq. qat may stand behind: reconstruct+qat."""
     minutes: Annotated[float | None, AfterValidator(_usable_minutes)] = None
-    """How long quantizing by auto may take, which decides what layers get. null: all that it needs."""
+    """How long quantizing by auto, or with training, may take. null: all that it needs."""
+    training: Training | None = None
+    """How a method that ends in qat trains. null: as it does by default."""
     calib: str | None = None
     """Text for a budget and methods that look at inputs: a file, relative to the recipe, or a Hugging Face dataset such
     as Salesforce/wikitext:wikitext-2-raw-v1:train. null: llmopt's own stories."""

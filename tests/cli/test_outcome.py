@@ -50,6 +50,7 @@ def test_a_command_ends_with_the_code_that_it_returns(run_raising, code):
         (errors.FallbackError, 3),
         (errors.BudgetError, 3),
         (errors.VerificationError, 3),
+        (errors.DivergedError, 3),
         (errors.ResourceError, 3),
         (errors.Interrupted, 130),
     ],

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llmopt import demo
-from llmopt.demo.train import evaluate
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.train.demo import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from llmopt.quantize.method import InputStatistics
 from llmopt.quantize.registry import METHODS, check_method, find_method
 from llmopt.quantize.scheme import parse_scheme
 
-KNOWN = "known here: rtn, search, gptq, reconstruct, auto, awq, rotate, smoothquant"
+KNOWN = "known here: rtn, search, gptq, reconstruct, auto, awq, rotate, smoothquant, qat"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from llmopt import demo
 from llmopt.demo.tokenizer import learn
-from llmopt.demo.train import Settings, evaluate, new_model, train
+from llmopt.train.demo import Settings, evaluate, new_model, train
 
 QUICK = Settings(
     steps=8, tokens_per_step=512, window=128, long_share=0.0, warmup_steps=2, tokenizer_documents=200,
@@ -60,15 +60,6 @@ def test_evaluation_sums_the_losses_of_each_story_behind_a_line_feed(trained):
     perplexity, counted = evaluate(model, tokenizer, stories, batch=2)
     assert counted == tokens == sum(len(tokenizer.encode(story.text).ids) for story in stories)
     assert perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
-
-
-def test_the_rate_rises_and_falls():
-    settings = Settings(steps=100, warmup_steps=10, peak_rate=1.0)
-    rates = [settings.rate(step) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5)
-    assert rates[99] < 0.001
 
 
 def test_the_last_steps_see_the_whole_context():

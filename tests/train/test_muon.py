@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from llmopt.demo.muon import Muon, orthogonal
+from llmopt.train.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
@@ -27,7 +27,7 @@ def test_the_scale_of_a_matrix_makes_no_difference():
 def test_a_step_moves_each_element_by_about_a_fifth_of_the_rate():
     matrix = Parameter(torch.zeros(64, 16))
     matrix.grad = torch.randn((64, 16), generator=torch.Generator().manual_seed(2))
-    Muon([matrix]).step(rate=0.1)
+    Muon([matrix], lr=0.1).step()
     assert matrix.detach().square().mean().sqrt().item() == pytest.approx(0.02, rel=0.2)
     assert (matrix.detach() * matrix.grad).sum() < 0
 
@@ -36,11 +36,11 @@ def test_momentum_remembers_and_decay_shrinks():
     generator = torch.Generator().manual_seed(3)
     first, second = torch.randn((2, 8, 8), generator=generator)
     matrix = Parameter(torch.eye(8))
-    muon = Muon([matrix], momentum=0.5, weight_decay=0.1)
+    muon = Muon([matrix], lr=0.5, momentum=0.5, weight_decay=0.1)
     expected, momentum = torch.eye(8), torch.zeros(8, 8)
     for gradient in (first, second):
         matrix.grad = gradient
-        muon.step(rate=0.5)
+        muon.step()
         momentum = 0.5 * momentum + gradient
         expected = 0.95 * expected - 0.5 * 0.2 * 8**0.5 * orthogonal(gradient + 0.5 * momentum)
     assert torch.allclose(matrix, expected, atol=1e-5)

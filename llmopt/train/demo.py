@@ -1,29 +1,41 @@
-"""Train the demo model: `python -m llmopt.demo.train -o FOLDER`.
+"""Train the demo model: `python -m llmopt.train.demo -o FOLDER`.
 
-One seed, one machine and one number of threads give the same weights again; another machine gives the same quality.
+One seed, one machine and one number of threads give the same weights again; another machine gives the same quality. A
+run that was stopped goes on, to the same weights.
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import math
 import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmopt.artifact import Journal, Resume, journal
 from llmopt.demo import Document, documents, oracle_perplexity
 from llmopt.demo import tokenizer as demo_tokenizer
 from llmopt.demo.grammar import END
-from llmopt.demo.muon import Muon
+from llmopt.progress import Progress, Silent
+from llmopt.train.checkpoint import Checkpoints
+from llmopt.train.loop import Trainer
+from llmopt.train.muon import Muon
+from llmopt.train.settings import Precision
+from llmopt.train.settings import Settings as LoopSettings
+from llmopt.train.state import Outcome
 
 CONTEXT_LENGTH = 1024
 TOKENS_PER_DOCUMENT = 100  # a little less than there are on average
@@ -46,29 +58,50 @@ class Settings:
     warmup_steps: int = 60
     tokenizer_documents: int = 4000
     evaluation_documents: int = 400
+    precision: Precision = Precision.FP32
 
-    def rate(self, step: int) -> float:
-        """Learning rate: a linear rise, then a cosine down to zero."""
-        if step < self.warmup_steps:
-            return self.peak_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
-        return self.peak_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+    @property
+    def loop(self) -> LoopSettings:
+        """As the training loop has it: a linear rise, then a cosine down to zero."""
+        return LoopSettings(steps=self.steps, warmup_steps=self.warmup_steps, precision=self.precision)
 
     def window_at(self, step: int) -> int:
         """Tokens per window."""
         return self.window if step < self.steps * (1.0 - self.long_share) else CONTEXT_LENGTH
 
 
-def train(settings: Settings, folder: Path) -> dict[str, object]:
-    """Write tokenizer, weights (float16) and `training.json` into `folder`, and return what the last one holds."""
+class NextToken(nn.Module):
+    """A causal model of transformers as the loop has it: from token ids to their mean loss."""
+
+    def __init__(self, causal: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Nats a token."""
+        loss: Tensor = self.causal(input_ids=ids_BT, labels=ids_BT).loss
+        return loss
+
+
+def train(settings: Settings, folder: Path, progress: Progress | None = None) -> dict[str, object]:
+    """Write tokenizer, weights (float16) and `training.json` into `folder`, and return what the last one holds.
+
+    Until that is done, checkpoints lie in a journal beside the folder.
+    """
+    progress = progress or Silent()
+    told = json.dumps([dataclasses.asdict(settings), torch.__version__, torch.get_num_threads()])
+    with journal(folder, hashlib.sha256(told.encode()).hexdigest(), Resume.IF_SAME, progress) as kept:
+        return _train(settings, folder, kept, progress)
+
+
+def _train(settings: Settings, folder: Path, kept: Journal, progress: Progress) -> dict[str, object]:
     torch.manual_seed(settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     stories = documents("train", settings.tokenizer_documents, settings.seed)
     tokenizer = demo_tokenizer.learn(story.text for story in stories)
     demo_tokenizer.save(tokenizer, folder)
     model = new_model(tokenizer)
-    began = time.monotonic()
-    _fit(model, tokenizer, settings)
+    outcome = _fit(model, tokenizer, settings, kept, progress)
     torch.nn.Module.half(model)  # transformers' own `half` is untyped
     model.save_pretrained(folder)
     # Judged as it is shipped: the weights rounded to float16, the arithmetic in float32.
@@ -80,7 +113,9 @@ def train(settings: Settings, folder: Path) -> dict[str, object]:
         "tokens": settings.steps * settings.tokens_per_step,
         "threads": torch.get_num_threads(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        "minutes": round(outcome.seconds / 60, 1),
+        "tokens_per_second": round(outcome.tokens_per_second),
+        "peak_rss_bytes": outcome.peak_rss_bytes,
         "evaluation_tokens": token_count,
         "perplexity": perplexity,
         "oracle_perplexity": oracle_perplexity(held_out, token_count),
@@ -110,30 +145,33 @@ def new_model(tokenizer: tokenizers.Tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def _fit(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
+def _fit(
+    model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, settings: Settings, kept: Journal, progress: Progress
+) -> Outcome:
     inner = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embed" not in name]
     others = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 1 or "embed" in name]
-    muon, adam = Muon(inner), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
-    began = time.monotonic()
-    for step, ids_BT in enumerate(_batches(tokenizer, settings)):
-        loss = model(input_ids=ids_BT, labels=ids_BT).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.param_groups[0]["lr"] = settings.rate(step)
-        adam.step()
-        muon.step(settings.rate(step))
-        model.zero_grad()
-        if (step + 1) % 50 == 0:
-            seconds = time.monotonic() - began
-            sys.stderr.write(f"step {step + 1}/{settings.steps}  loss {loss.item():.4f}  {seconds:.0f} s\n")
+    adam = torch.optim.AdamW(others, lr=settings.peak_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    stream_T, starts = _stream(tokenizer, settings)
+
+    def batches(first: int) -> Iterator[list[Tensor]]:
+        return ([ids_BT] for ids_BT in islice(_batches(stream_T, starts, settings), first, None))
+
+    trainer = Trainer(
+        NextToken(model),
+        [adam, Muon(inner, settings.peak_rate)],
+        batches,
+        settings.loop,
+        checkpoints=Checkpoints(kept),
+        progress=progress,
+    )
+    return trainer.run("training the demo model")
 
 
-def _batches(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Iterator[Tensor]:
+def _batches(stream_T: np.ndarray, starts: np.ndarray, settings: Settings) -> Iterator[Tensor]:
     """Shape [windows, tokens], for each step. Windows begin with a story or the line feed before it.
 
     A window that began in the middle of one would ask for names and numbers that were told before it.
     """
-    stream_T, starts = _stream(tokenizer, settings)
     generator = np.random.default_rng(settings.seed)
     for step in range(settings.steps):
         window = settings.window_at(step)
@@ -170,19 +208,47 @@ def evaluate(
     return math.exp(nats / count), count
 
 
+class _Lines(Silent):
+    """Progress as lines on standard error, one now and then."""
+
+    def __init__(self, seconds: float = 20.0) -> None:
+        self.seconds = seconds
+        self.told = self.began = time.monotonic()
+        self.percent = 0.0
+
+    def advance(self, steps: float = 1, note: str | None = None) -> None:
+        """Some more of it is done."""
+        self.percent += steps
+        now = time.monotonic()
+        if note is not None and now - self.told >= self.seconds and self.percent > 0:
+            left = (now - self.began) * (100 - self.percent) / self.percent
+            self.say(f"{note}, {self.percent:.0f} %, {left:.0f} s left")
+            self.told = now
+
+    def say(self, message: str) -> None:
+        """A line."""
+        sys.stderr.write(f"{message}\n")
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None) -> Iterator["_Lines"]:
+        """One after the other."""
+        yield self
+
+
 def main() -> None:
     """Read the command line, train, and print what came out."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="python -m llmopt.demo.train", description="Train the demo model.")
+    parser = argparse.ArgumentParser(prog="python -m llmopt.train.demo", description="Train the demo model.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", type=Precision, default=defaults.precision, choices=list(Precision))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(mode=True)
-    record = train(Settings(seed=arguments.seed, steps=arguments.steps), arguments.output)
-    sys.stdout.write(json.dumps(record, indent=2) + "\n")
+    settings = Settings(seed=arguments.seed, steps=arguments.steps, precision=arguments.precision)
+    sys.stdout.write(json.dumps(train(settings, arguments.output, _Lines()), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Quantization-aware training: a quantized model learns to be what the float model is."""

@@ -1,0 +1,147 @@
+"""Quantization-aware training of a model whose parts a method has quantized."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.artifact import Journal
+from llmopt.engine.torch import TorchEngine
+from llmopt.model.checkpoint import Tensors
+from llmopt.model.spec import Block, ModelSpec
+from llmopt.pipeline.calibration import Weights
+from llmopt.pipeline.journal import Part
+from llmopt.pipeline.qat.data import TrainingText, require_divisible
+from llmopt.pipeline.qat.options import STEPS, QatOptions
+from llmopt.pipeline.qat.parts import Trained, put_back, unchanged
+from llmopt.pipeline.qat.student import Distillation, LearningBlock, Student, Teacher
+from llmopt.pipeline.ranks import Ranks
+from llmopt.progress import Progress
+from llmopt.quantize.execute import Rounding
+from llmopt.quantize.fake import FakeQuantizedWeight
+from llmopt.quantize.grid import ScaleRule
+from llmopt.quantize.weights import QuantizedWeight
+from llmopt.train.checkpoint import Checkpoints
+from llmopt.train.loop import Trainer
+from llmopt.train.settings import Precision, Settings
+
+# Rates: of latents, in codes; of step sizes, as a part of themselves; of thin matrices, whose product is in codes.
+LATENT_RATE, STEP_RATE, LOW_RANK_RATE = 5e-3, 1e-3, 5e-3
+BETAS = (0.9, 0.99)
+EPSILON = 1e-15  # gradients by single weights are that small
+EVALUATIONS = 8
+PATIENCE = 4
+WARMUP_STEPS = 10
+CHECKPOINT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that training needs to know; `floats` gives a block before it was quantized, None if nobody knows."""
+
+    spec: ModelSpec
+    options: QatOptions
+    text: TrainingText
+    tensors: Tensors  # of the float model
+    floats: Callable[[Block], Mapping[str, Tensor] | None]
+    rule: ScaleRule
+    rounding: Rounding
+    ranks: Ranks
+    seed: int
+    progress: Progress
+    journal: Journal | None
+    name: str  # of the checkpoints in the journal
+    seconds: Callable[[], float | None]  # that are left for it
+    recompute: bool = False
+
+    def learning_block(self, block: Block, weights: Weights) -> LearningBlock:
+        """A block that learns from where it is."""
+        floats = self.floats(block)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + block.index)
+
+        def learn(name: str, weight: QuantizedWeight) -> FakeQuantizedWeight:
+            exact_OI = None if floats is None else floats[name]
+            return FakeQuantizedWeight(weight, exact_OI, self.rule, self.options.lora_rank, generator)
+
+        return LearningBlock(block, weights, learn, self.rounding)
+
+    def settings(self, blocks: int = 1, left: int = 1) -> Settings:
+        """Of the training loop; of one of so many runs that have the steps together, and so many the time from now."""
+        seconds, steps = self.seconds(), self.options.steps
+        if seconds is None and steps is None:
+            steps = STEPS
+        return Settings(
+            steps=None if steps is None else -(-steps // blocks),
+            seconds=None if seconds is None else seconds / left,
+            precision=Precision(self.options.precision),
+            warmup_steps=WARMUP_STEPS,
+            patience=PATIENCE,
+            evaluations=EVALUATIONS,
+            checkpoint_seconds=CHECKPOINT_SECONDS,
+        )
+
+    def checkpoints(self, name: str) -> Checkpoints | None:
+        """Those of one run; the first process alone has them."""
+        return None if self.journal is None else Checkpoints(self.journal, name)
+
+
+def train_whole(run: Run, embedding: Part, blocks: list[Part], head: Part) -> Trained:
+    """Have all blocks learn together, towards the distribution of the float model's next token.
+
+    Raises:
+        UsageError: windows do not divide among the processes.
+        DivergedError: a loss or a gradient is no number.
+    """
+    require_divisible(run.options.batch, run.ranks.size)
+    learning = [run.learning_block(block, part.weights) for block, part in zip(run.spec.blocks, blocks, strict=True)]
+    outer = embedding.weights | head.weights
+    student = Student(run.spec, outer, learning, run.rounding, recompute=run.recompute)
+    teacher = Teacher(TorchEngine(run.spec, run.tensors, keep=True))
+    model = Distillation(student, teacher, run.options.cross_entropy)
+
+    trainer = Trainer(
+        model,
+        [optimizer(list(learned_by(learning)))],
+        partial(run.text.batches, windows=run.options.batch, ranks=run.ranks.size, seed=run.seed),
+        run.settings(),
+        evaluate=partial(mean_loss, model, run.text.held_out()),
+        checkpoints=run.checkpoints(run.name),
+        replicas=run.ranks,
+        progress=run.progress,
+    )
+    outcome = trainer.run("training")
+    for block, part, module in zip(run.spec.blocks, blocks, learning, strict=True):
+        if outcome.best_step:
+            put_back(block, part, module.learned(), run.floats(block))
+        else:
+            unchanged(part)
+    return Trained(outcomes=(outcome,))
+
+
+def mean_loss(model: nn.Module, batches: Sequence[Tensor]) -> float:
+    """The mean over windows, of batches of them."""
+    return sum(float(model(ids_BT)) * len(ids_BT) for ids_BT in batches) / sum(map(len, batches))
+
+
+def learned_by(blocks: Sequence[LearningBlock]) -> Sequence[FakeQuantizedWeight]:
+    """Every weight that learns."""
+    return [weight for block in blocks for weight in block.learned().values()]
+
+
+def optimizer(weights: Sequence[FakeQuantizedWeight]) -> torch.optim.Optimizer:
+    """Adam, with a rate for each kind of parameter."""
+    rates = {
+        "latent_OGS": LATENT_RATE,
+        "ratio_OG1": STEP_RATE,
+        "read_RI": LOW_RANK_RATE,
+        "write_OR": LOW_RANK_RATE,
+    }
+    named = [(name, parameter) for weight in weights for name, parameter in weight.named_parameters()]
+    groups = [
+        {"params": [parameter for other, parameter in named if other == name], "lr": rate}
+        for name, rate in rates.items()
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
