@@ -21,7 +21,7 @@ from llmopt.partition.problem import Array
 from llmopt.quantize.assign import assign
 from llmopt.quantize.scheme import Scheme, parse_scheme
 
-SCHEMES = ("w8a16", "w4a16", "w4a16-g128-sym")
+SCHEMES = ("w8a16", "w4a16")
 Choice = tuple[float, float, Scheme | None]  # bytes, loss, scheme
 
 
@@ -148,7 +148,7 @@ def _capacities(
 
 
 def _machine(spec: ModelSpec, precision: Precision, cluster: Cluster, workload: Workload) -> Machine:
-    costs = Costs(spec=spec, precision=precision, workload=workload, cut=cut(1, workload.batch))
+    costs = Costs(spec=spec, precision=precision, workload=workload, cut=cut(workload.batch, workload.batch))
     return Machine(cluster=cluster, costs=costs, degrees=[1])
 
 

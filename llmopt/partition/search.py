@@ -104,7 +104,7 @@ class Search:
     cluster: Cluster
     workload: Workload
     wanted: Wanted
-    _machines: dict[tuple[int, int], Machine] = field(default_factory=dict, init=False)
+    _machines: dict[tuple[int, int, tuple[int, ...]], Machine] = field(default_factory=dict, init=False)
 
     def plan(self) -> Plan:
         """The best plan.
@@ -152,7 +152,7 @@ class Search:
         return [asked]
 
     def _machine(self, replicas: int, count: int, degrees: Sequence[int]) -> Machine:
-        key = (replicas, count)
+        key = (replicas, count, tuple(degrees))
         if key not in self._machines:
             sequences = -(-self.workload.batch // replicas)
             costs = Costs(
@@ -381,7 +381,7 @@ class Search:
         pieces = divided([each + (index < more) for index in range(len(degrees))], 1)
         starts = [sum(degrees[:index]) for index in range(len(degrees))]
         placed = [
-            replace(piece, slot=start, degree=degree)
+            piece._replace(slot=start, degree=degree)
             for piece, start, degree in zip(pieces, starts, degrees, strict=True)
         ]
         stages = machine.stages(order, placed)

@@ -7,13 +7,11 @@ from typing import Protocol
 
 import torch
 
-from llmopt import __version__
 from llmopt.artifact import write_json
 from llmopt.engine.cast import CastEngine
 from llmopt.engine.ort import GENAI_CONFIG, OrtEngine
 from llmopt.errors import ArtifactError, UnsupportedError, UsageError, VerificationError, near_match
 from llmopt.export.checkpoint.compressed_tensors import CompressedTensors
-from llmopt.export.checkpoint.writer import CheckpointWriter
 from llmopt.export.genai import genai_config
 from llmopt.export.onnx.attention import require_heads
 from llmopt.export.onnx.decoder import DecoderGraph
@@ -21,15 +19,15 @@ from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.model.json_file import read_object
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import CONFIG, ModelSource
-from llmopt.model.spec import Block, ModelSpec, TensorSpec
+from llmopt.model.spec import ModelSpec, TensorSpec
 from llmopt.model.storage import rotary_values
-from llmopt.pipeline.calibration import Weights
 from llmopt.pipeline.cast_check import CastReferences, check
 from llmopt.pipeline.formats.base import Writer
+from llmopt.pipeline.formats.cast_writer import CastWriter, StoredOrder
 from llmopt.pipeline.formats.hf import HF
-from llmopt.pipeline.formats.onnx import ONNX, prefill_name
+from llmopt.pipeline.formats.onnx import ONNX, GraphWriter, prefill_name
 from llmopt.pipeline.tuning import PROMPT, Tuning
-from llmopt.pipeline.verify import Verification, compare, compare_rewritten, floats
+from llmopt.pipeline.verify import Verification, compare, compare_rewritten
 from llmopt.precision.cast import DTYPES, CastPlan, module_of
 from llmopt.precision.short import WORDS
 from llmopt.progress import Progress
@@ -130,14 +128,14 @@ class CastHf:
     def writer(self, spec: ModelSpec, plan: CastPlan, folder: Path) -> "CastWriter":
         """Begin the files."""
         schemes = {linear.name: None for linear in spec.linears()}
-        files = CheckpointWriter(
+        files = StoredOrder(
             folder,
             spec,
             schemes,
             CompressedTensors(plan.dtype),
             lambda tensor: plan.dtype_of(module_of(spec, tensor.name)),
         )
-        return CastWriter(_AsStored(files, spec), spec, plan)
+        return CastWriter(files, spec, plan)
 
     def verify(
         self, folder: Path, references: CastReferences, plan: CastPlan, threads: int, progress: Progress
@@ -206,7 +204,7 @@ class CastOnnx:
 
     def writer(self, spec: ModelSpec, plan: CastPlan, folder: Path) -> "CastWriter":
         """Begin the graph and its data file."""
-        return CastWriter(_Graph(DecoderGraph(folder, spec)), spec, plan)
+        return CastWriter(GraphWriter(DecoderGraph(folder, spec)), spec, plan)
 
     def verify(
         self, folder: Path, references: CastReferences, plan: CastPlan, threads: int, progress: Progress
@@ -218,108 +216,6 @@ class CastOnnx:
             found = check(references, in_float32, OrtEngine(folder, threads), plan.dtype_name)
             task.advance()
         return found
-
-
-class _Files(Protocol):
-    """What parts are written to."""
-
-    def embedding(self, weights: Weights) -> None: ...
-
-    def block(self, block: Block, weights: Weights) -> None: ...
-
-    def head(self, weights: Weights) -> None: ...
-
-    def save(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class CastWriter:
-    """Gives each tensor the dtype of its module, and hands it on; see `Writer`."""
-
-    files: _Files
-    spec: ModelSpec
-    plan: CastPlan
-
-    def embedding(self, weights: Weights) -> Weights:
-        """See `Writer`."""
-        stored = self._cast(weights)
-        self.files.embedding(stored)
-        return stored
-
-    def block(self, block: Block, weights: Weights) -> Weights:
-        """See `Writer`."""
-        stored = self._cast(weights)
-        self.files.block(block, stored)
-        return stored
-
-    def head(self, weights: Weights) -> Weights:
-        """See `Writer`."""
-        stored = self._cast(weights)
-        self.files.head(stored)
-        return stored
-
-    def save(self) -> None:
-        """See `Writer`."""
-        self.files.save()
-
-    def close(self) -> None:
-        """See `Writer`."""
-        self.files.close()
-
-    def _cast(self, weights: Weights) -> Weights:
-        return {
-            name: weight.to(self.plan.dtype_of(module_of(self.spec, name))) for name, weight in floats(weights).items()
-        }
-
-
-@dataclass(frozen=True)
-class _AsStored:
-    """A checkpoint, whose linears may be the other way round."""
-
-    files: CheckpointWriter
-    spec: ModelSpec
-
-    def embedding(self, weights: Weights) -> None:
-        self.files.embedding(weights)
-
-    def block(self, block: Block, weights: Weights) -> None:
-        turned = {linear.weight.name for linear in block.linears() if linear.transposed}
-        self.files.block(
-            block, {name: weight.T if name in turned else weight for name, weight in floats(weights).items()}
-        )
-
-    def head(self, weights: Weights) -> None:
-        self.files.head(weights)
-
-    def save(self) -> None:
-        self.files.save()
-
-    def close(self) -> None:
-        self.files.close()
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A graph that knows its version."""
-
-    graph: DecoderGraph
-
-    def embedding(self, weights: Weights) -> None:
-        self.graph.embedding(weights)
-
-    def block(self, block: Block, weights: Weights) -> None:
-        self.graph.block(block, weights)
-
-    def head(self, weights: Weights) -> None:
-        self.graph.head(weights)
-
-    def save(self) -> None:
-        self.graph.save(__version__)
-
-    def close(self) -> None:
-        self.graph.close()
 
 
 CAST_FORMATS: Mapping[str, CastFormat] = {known.name: known for known in (CastOnnx(), CastHf())}
