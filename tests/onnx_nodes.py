@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from llmopt.engine.ort import open_session
 from llmopt.export.onnx.graph import GRAPH_FILE, IR_VERSION, MICROSOFT, OPSET, Graph
 from llmopt.export.onnx.levels import in_float32
+from llmopt.export.onnx.one_token import without_short_ways
 
 Array = NDArray[Any]
 OPSETS = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
@@ -43,6 +44,11 @@ def open_graph(graph: Graph, outputs: Mapping[str, int] | Sequence[str]) -> onnx
         graph.outputs.append(helper.make_tensor_value_info(name, kind, None))
     graph.save("0")
     return open_session(graph.folder / GRAPH_FILE, graph.folder, threads=1)
+
+
+def long_way(folder: Path) -> onnx.ModelProto:
+    """The graph in a folder without the short ways of one token, so that all of its nodes are the main graph's."""
+    return without_short_ways(onnx.load(folder / GRAPH_FILE, load_external_data=False))
 
 
 def float32_session(folder: Path) -> onnxruntime.InferenceSession:

@@ -57,7 +57,7 @@ def stop(model, out, sent, *, parts, delay_s=0.0):
     """Start the command, and send it a signal a moment after it has finished so many parts; gives how it ended."""
     process = subprocess.Popen(program(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while len(list(journal_folder(out).glob("*.seal.json"))) < parts:
+    while len(list(journal_folder(out).glob("*.safetensors.seal.json"))) < parts:
         assert process.poll() is None, "it ended before it was stopped"
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -106,7 +106,7 @@ def stopped(llmopt, tiny_llama, out, monkeypatch):
         ended = llmopt(*words(tiny_llama, out))
     assert ended.code == 3
     assert "disk is full" in ended.err
-    assert len(list(journal_folder(out).glob("*.seal.json"))) == 2
+    assert len(list(journal_folder(out).glob("*.safetensors.seal.json"))) == 2
 
 
 def test_a_full_disk_costs_no_more_than_the_part_at_hand(stopped, llmopt, tiny_llama, out, undisturbed):

@@ -25,6 +25,7 @@ SCHEMA = "llmopt.artifact/1"
 # Measuring an artifact writes its report, and the model card shows the report's numbers: neither is part of what the
 # artifact computes.
 _NOT_HASHED = frozenset({MANIFEST, REPORT, MODEL_CARD})
+_OUTCOMES = frozenset({"files", "tuning"})  # of the work; all else in a manifest determines it
 _AGAIN = "copy the artifact again, or make it again: --force replaces it"
 
 
@@ -52,7 +53,8 @@ class FileEntry:
 class Manifest:
     """Everything that determines an artifact, and what came of it.
 
-    `files` maps a name relative to the folder, with forward slashes.
+    `files` maps a name relative to the folder, with forward slashes. `kernels` says how they were chosen, where the
+    format leaves a choice, and `tuning` what was chosen.
     """
 
     source: Source
@@ -65,20 +67,22 @@ class Manifest:
     overrides: Mapping[str, str] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     seed: int = 0
+    kernels: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    tuning: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Hash of everything that determines the artifact. Known before the work is done: equal keys, equal bytes."""
-        causes = {name: value for name, value in dataclasses.asdict(self).items() if name != "files"}
+        causes = {name: value for name, value in dataclasses.asdict(self).items() if name not in _OUTCOMES}
         canonical = json.dumps(causes, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def differs(self, other: "Manifest") -> str:
         """What makes another artifact of it, in words: `scheme w8a8 and not w4a16`."""
         pairs = [(each.name, getattr(self, each.name), getattr(other, each.name)) for each in dataclasses.fields(self)]
-        differing = [(name, mine, theirs) for name, mine, theirs in pairs if name != "files" and mine != theirs]
+        differing = [(name, mine, theirs) for name, mine, theirs in pairs if name not in _OUTCOMES and mine != theirs]
         simple = (str, int, type(None))
         return ", ".join(
             f"{name} {mine} and not {theirs}" if isinstance(mine, simple) and isinstance(theirs, simple) else name

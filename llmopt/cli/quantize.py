@@ -138,6 +138,15 @@ def quantize(
             "gptq, the checkpoints that GPTQModel reads, and vLLM too.",
         ),
     ] = "onnx",
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            "--kernels",
+            metavar="HOW",
+            help="How onnxruntime's kernels are chosen: measured, what is fastest on this machine; default, what is "
+            "fast on most, for an artifact that runs elsewhere. [default: measured, for --format onnx]",
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
@@ -192,6 +201,7 @@ def quantize(
         revision=revision,
         trust_remote_code=trust_remote_code,
         format=format_,
+        kernels=kernels,
         seed=seed or 0,
         threads=thread_count(threads),
         force=force,

@@ -1,5 +1,6 @@
 """An exported model in onnxruntime, used as its users do: one KV buffer per block, shared between past and present."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from llmopt.engine.base import Logits, TokenIds
 from llmopt.errors import ArtifactError, UsageError
 
 GRAPH = "model.onnx"
+GENAI_CONFIG = "genai_config.json"
 
 # A constant of our graphs, int64 [logits]: which of the new tokens get logits. It holds -1, the last that is no
 # padding: all that is needed to generate. Protocol buffers merge messages that are written one behind the other, so a
@@ -44,6 +46,22 @@ def selectable(graph: Path) -> Path | bytes:
     return content + AS_INPUT if LOGITS_AT.encode() in content else graph
 
 
+def chunk_size(folder: Path) -> int | None:
+    """Into pieces of how many tokens onnxruntime-genai, and with it this engine, cuts a prompt; None: it does not.
+
+    Raises:
+        ArtifactError: genai_config.json is none.
+    """
+    path = folder / GENAI_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())["search"].get("chunk_size")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError("this is no config of onnxruntime-genai", where=str(path)) from error
+    return found if isinstance(found, int) and found > 0 else None
+
+
 class OrtEngine:
     """An artifact folder (or its .onnx file) on the CPU with `threads` threads; satisfies `llmopt.engine.base.Engine`.
 
@@ -66,6 +84,7 @@ class OrtEngine:
         self.selects_logits = any(node.name == LOGITS_AT for node in self.session.get_overridable_initializers())
         logits = next(node for node in self.session.get_outputs() if node.name == "logits")
         self.vocab_size: int = logits.shape[-1]
+        self.chunk_size = chunk_size(graph.parent)
 
     def logits(self, ids_BT: TokenIds) -> Logits:
         """Logits at every position, shape [batch, tokens, vocab_size]."""
@@ -105,12 +124,17 @@ class OrtStream:
         Raises:
             UsageError: the tokens do not fit into the capacity.
         """
-        total = self.length + len(ids_T)
-        if total > self.capacity:
+        if (total := self.length + len(ids_T)) > self.capacity:
             raise UsageError(f"{total} tokens do not fit into a sequence of {self.capacity}")
+        size = self.engine.chunk_size or len(ids_T) or 1
+        for start in range(0, len(ids_T), size):
+            self._append(ids_T[start : start + size])
+        return cast("Logits", self.binding.get_outputs()[-1].numpy()[0, -1])
+
+    def _append(self, ids_T: TokenIds) -> None:
+        total = self.length + len(ids_T)
         self.binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids_T[None]))
         self.binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self.mask[:, :total]))
         self.binding.bind_output("logits")  # anew: the last call left a buffer of its own shape bound
         self.engine.session.run_with_iobinding(self.binding)
         self.length = total
-        return cast("Logits", self.binding.get_outputs()[-1].numpy()[0, -1])

@@ -40,7 +40,9 @@ def run_in_segments(
         session = open_session(part.SerializeToString(), folder, threads)
         inputs = [value.name for value in part.graph.input]
         for values in kept:
-            values.update(zip(outputs, session.run(outputs, {name: values[name] for name in inputs}), strict=True))
+            # Copied, for in its output lives all the memory that a session has: 2 MB for one number.
+            found = map(np.copy, session.run(outputs, {name: values[name] for name in inputs}))
+            values.update(zip(outputs, found, strict=True))
             for name in [name for name in values if last_use.get(name, -1) < stop]:
                 del values[name]
     return [values[output] for values in kept]

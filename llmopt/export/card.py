@@ -13,12 +13,12 @@ import yaml
 
 from llmopt.artifact import Manifest
 from llmopt.calibrate.text import BUILT_IN_CALIBRATION
+from llmopt.engine.ort import GENAI_CONFIG
 from llmopt.export.opening import GENAI, OPENING
 from llmopt.report.markdown import code, comparison_table, escape, layer_table
 from llmopt.report.results import METRICS, TIMING_METRICS, Report
 from llmopt.words import counted
 
-GENAI_CONFIG = "genai_config.json"
 TIMELESS = frozenset(METRICS) - TIMING_METRICS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -169,6 +169,8 @@ def _command(manifest: Manifest) -> str:
         words += ["--override", f"{pattern}={scheme}"]
     for pattern in manifest.ignore:
         words += ["--ignore", pattern]
+    if manifest.kernels == "default":
+        words += ["--kernels", manifest.kernels]
     if manifest.seed:
         words += ["--seed", str(manifest.seed)]
     # Quotes come last: a fence or a line end would close the code block, and what stands for them needs quoting too.

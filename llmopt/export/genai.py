@@ -6,7 +6,6 @@ from typing import Any
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import ModelSpec
 
-GENAI_CONFIG = "genai_config.json"
 # What a model's generation_config.json may say about sampling, and genai's own defaults.
 _SEARCH = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "do_sample": False}
 

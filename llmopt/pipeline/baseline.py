@@ -1,6 +1,5 @@
 """The baseline: the unquantized model under the same engine, exported once and kept."""
 
-import os
 import re
 from pathlib import Path
 
@@ -9,22 +8,15 @@ from llmopt.artifact import MANIFEST, Manifest, check_free_disk, load_manifest, 
 from llmopt.errors import ArtifactError, UsageError
 from llmopt.measure.host import versions
 from llmopt.model.source import open_source
+from llmopt.pipeline.cache import cache_folder
 from llmopt.pipeline.export import Export, export
-from llmopt.pipeline.formats.onnx import ONNX, estimated_bytes
+from llmopt.pipeline.formats.onnx import ONNX, Onnx, estimated_bytes
 from llmopt.pipeline.formats.registry import find_format
 from llmopt.pipeline.prepare import source_entry
 from llmopt.pipeline.soundness import open_tokenizer
+from llmopt.pipeline.tuning import measured_on, tuning
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
-
-CACHE_VARIABLE = "LLMOPT_CACHE"
-
-
-def cache_folder() -> Path:
-    """Where exported baselines are kept: `LLMOPT_CACHE`, or `llmopt` in the user's cache folder."""
-    if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmopt"
 
 
 def is_artifact(name: str) -> bool:
@@ -45,7 +37,11 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     names = [source.spec.embedding.name, *(linear.name for linear in source.spec.linears())]
     assignments = {name: Assignment(name=name, scheme=None, reason="the baseline") for name in names}
     manifest = Manifest(
-        source=source_entry(source), format=ONNX.name, seed=0, versions={"llmopt": __version__, **versions()}
+        source=source_entry(source),
+        format=ONNX.name,
+        seed=0,
+        kernels=measured_on(threads),
+        versions={"llmopt": __version__, **versions()},
     )
     folder = cache_folder() / "baselines" / f"{printable(source.name)}-{manifest.key[:16]}"
     if _is_whole(folder):
@@ -53,7 +49,9 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
     open_tokenizer(source)  # a mistake in it should name the model's folder, not the one that is being written
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_free_disk(folder.parent, estimated_bytes(source.spec, assignments))
-    job = Export(source=source, assignments=assignments, method=None, seed=0, threads=threads)
+    # A baseline reads prompts as fast as it can, too: what candidates gain is not what cutting a prompt gains.
+    format_ = Onnx(tuning=tuning(threads, None, progress))
+    job = Export(source=source, assignments=assignments, method=None, seed=0, threads=threads, format=format_)
     # Another process may be writing the same baseline: whichever is done last stays, and both are the same.
     with staged(folder, force=True) as partial:
         export(job, partial, progress)

@@ -127,7 +127,9 @@ class Work:
                 "the token table": self._table_step(),
                 "a block": max(map(self._block_step, self.spec.blocks)),
                 "the head": 0 if self.spec.tied else self._head_step(),
-                "verification": self.format.verification_bytes(self.spec, output_bytes, self._logits_bytes()),
+                "verification": self.format.verification_bytes(
+                    self.spec, self.assignments, output_bytes, self._logits_bytes()
+                ),
             },
             output_bytes=output_bytes,
             journal_bytes=0 if self.tokens is None else self._held(self.spec.tensors()),

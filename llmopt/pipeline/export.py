@@ -19,6 +19,7 @@ from llmopt.pipeline.journal import PartJournal
 from llmopt.pipeline.pace import Pace
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.repair import with_reasons
 from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.pipeline.spill import States, limit_bytes
 from llmopt.pipeline.verify import References, Verification
@@ -93,7 +94,11 @@ def export(job: Export, folder: Path, progress: Progress) -> tuple[tuple[LayerRe
         calibration = Calibration(job.spec, windows, job.ranks, states, holds_out=job.holds_out)
     layers = write_parts(job, folder, references, progress, calibration)
     del calibration  # verification needs the memory
-    return layers, job.format.verify(folder, references, job.threads, progress)
+    verification = job.format.verify(folder, references, job.threads, progress)
+    job.format.finish(job.spec, job.assignments, folder)
+    if verification.activations is not None:
+        layers = with_reasons(layers, job.spec, verification.activations.unrounded)
+    return layers, verification
 
 
 def assist(job: Export) -> None:

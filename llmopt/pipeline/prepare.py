@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmopt import __version__
-from llmopt.artifact import (
-    Manifest,
-    Source,
-)
+from llmopt.artifact import Journal, Manifest, Source
 from llmopt.measure.host import versions
 from llmopt.model.source import ModelSource, open_source
 from llmopt.model.spec import ModelSpec
@@ -32,6 +29,7 @@ from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.request import (
     QuantizeRequest,
     calibration_text,
+    kernels_of,
     require_journal,
     require_measurable,
     require_spreadable,
@@ -39,6 +37,7 @@ from llmopt.pipeline.request import (
 )
 from llmopt.pipeline.soundness import open_tokenizer, refuse_artifact, unknown_tensors_note
 from llmopt.pipeline.spill import limit_bytes
+from llmopt.pipeline.tuning import DEFAULT, MEASURED, Tuning, measured_on, tuning
 from llmopt.precision.budget import SizeBudget
 from llmopt.precision.groups import fused_groups
 from llmopt.precision.plan import Plan
@@ -64,6 +63,7 @@ class Prepared:
     folds: tuple[Fold, ...]
     assignments: Mapping[str, Assignment]
     calibration: CalibrationText | None
+    kernels: str | None = None  # how they are chosen, and on what machine
     mix: Mix | None = None  # for a request with a budget
     plan: Plan | None = None  # once it was made; the assignments are then its own
     notes: tuple[str, ...] = ()  # about the model
@@ -89,6 +89,10 @@ class Prepared:
             return self.request.method
         rounded = self.method.needs_inputs and not fits_table(spec, self.assignments[layer].scheme, self.method)
         return Rtn.name if rounded else self.method.name
+
+    def tuning(self, journal: Journal | None, progress: Progress) -> Tuning | None:
+        """What chooses kernels, where they are measured."""
+        return None if self.kernels in (None, DEFAULT) else tuning(self.request.threads, journal, progress)
 
     def require_room(self) -> Estimate:
         """See that memory and disk suffice; gives what is needed of both, once a budget has its plan.
@@ -124,6 +128,7 @@ class Prepared:
             overrides={pattern: scheme.name for pattern, scheme in request.overrides},
             ignore=request.ignore,
             seed=request.seed,
+            kernels=self.kernels,
             versions={"llmopt": __version__, **versions()},
         )
 
@@ -137,6 +142,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
     """
     refuse_artifact(request.model)
     format_, folds = find_format(request.format), find_folds(request.method)
+    kernels = kernels_of(request)
     require_measurable(request)
     require_journal(request)
     require_spreadable(request, ranks)
@@ -180,6 +186,7 @@ def prepare(request: QuantizeRequest, progress: Progress, ranks: Ranks = ALONE) 
         folds=folds,
         assignments=assignments,
         calibration=calibration,
+        kernels=ranks.of_first(lambda: measured_on(request.threads)) if kernels == MEASURED else kernels,
         mix=mix,
         notes=notes if note is None else (note, *notes),
         rotate=rotate,

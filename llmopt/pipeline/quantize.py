@@ -25,7 +25,7 @@ from llmopt.measure.size import model_bytes
 from llmopt.pipeline.basis import Basis
 from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.export import Export, assist, export
-from llmopt.pipeline.formats.onnx import ONNX
+from llmopt.pipeline.formats.onnx import ONNX, Onnx
 from llmopt.pipeline.heldout import HeldOutLoss
 from llmopt.pipeline.journal import journal_key
 from llmopt.pipeline.mixed import (
@@ -37,7 +37,9 @@ from llmopt.pipeline.mixed import (
 from llmopt.pipeline.pace import Pace, time_notes
 from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
 from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.repair import notes_on
 from llmopt.pipeline.request import QuantizeRequest
+from llmopt.pipeline.tuning import Tuning
 from llmopt.pipeline.turning import chosen_basis
 from llmopt.pipeline.verify import Verification
 from llmopt.precision.plan import Plan, solve
@@ -136,14 +138,15 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     needed = prepared.require_room() if ranks.is_first else None
     basis = ranks.of_first(partial(chosen_basis, prepared, kept, progress))
     turn = None if basis is None else basis.seed
-    job = dataclasses.replace(_export(prepared, kept, ranks, pace), turn=turn)
+    tuning = prepared.tuning(kept, progress) if ranks.is_first else None
+    job = dataclasses.replace(_export(prepared, kept, ranks, pace, tuning), turn=turn)
     if not ranks.is_first:
         assist(job)
 
     def outcome() -> QuantizeResult | ExceededError:
         assert needed is not None
         try:
-            return _written(prepared, job, needed, basis, progress)
+            return _written(prepared, job, needed, progress, basis=basis, tuning=tuning)
         except ExceededError as exceeded:
             return exceeded
 
@@ -153,7 +156,7 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     return found
 
 
-def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, pace: Pace) -> Export:
+def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, pace: Pace, tuning: Tuning | None) -> Export:
     request = prepared.request
     return Export(
         source=prepared.source,
@@ -163,7 +166,7 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, pace: Pace) 
         threads=request.threads,
         calibration=prepared.calibration if looks_at_inputs(request.method) else None,
         folds=prepared.folds,
-        format=prepared.format,
+        format=prepared.format if tuning is None else Onnx(tuning=tuning),
         journal=kept,
         ranks=ranks,
         pace=pace,
@@ -171,7 +174,13 @@ def _export(prepared: Prepared, kept: Journal | None, ranks: Ranks, pace: Pace) 
 
 
 def _written(
-    prepared: Prepared, job: Export, needed: Estimate, basis: Basis | None, progress: Progress
+    prepared: Prepared,
+    job: Export,
+    needed: Estimate,
+    progress: Progress,
+    *,
+    basis: Basis | None,
+    tuning: Tuning | None,
 ) -> QuantizeResult:
     request = prepared.request
     progress.say(f"{request.output.name} {needed}")
@@ -180,10 +189,11 @@ def _written(
         loss = None
         if prepared.mix is not None and prepared.plan is not None:
             loss = prepared.mix.check(prepared.plan, folder, progress)
-        manifest = write_manifest(folder, prepared.manifest())
+        chosen = {} if tuning is None else tuning.chosen()
+        manifest = write_manifest(folder, dataclasses.replace(prepared.manifest(), tuning=chosen))
         size_bytes = model_bytes(folder)
         assert size_bytes is not None
-        report = describe(prepared, size_bytes, layers, verification, loss=loss, basis=basis)
+        report = describe(prepared, size_bytes, layers, verification, loss=loss, basis=basis, tuning=tuning)
         notes = time_notes(job.pace, prepared.source.spec.blocks, layers)
         report = dataclasses.replace(report, notes=(*report.notes, *notes))
         write_json(folder / REPORT, report.to_json())
@@ -207,6 +217,7 @@ def describe(
     *,
     loss: HeldOutLoss | None = None,
     basis: Basis | None = None,
+    tuning: Tuning | None = None,
 ) -> Report:
     """The report of an artifact that was not benched yet: its size, its layers, and how well the export agrees."""
     request = prepared.request
@@ -219,7 +230,7 @@ def describe(
         layers=layers,
     )
     settings: dict[str, Any] = {"verification": dataclasses.asdict(verification)}
-    notes = list(prepared.notes)
+    notes = [*prepared.notes, *notes_on(verification.activations)]
     if prepared.calibration is not None:
         settings["calibration"] = prepared.calibration.entry()
         if request.calib is None:
@@ -227,6 +238,8 @@ def describe(
     if basis is not None:
         settings["basis"] = basis.to_json()
         notes.append(basis.note)
+    if tuning is not None:
+        settings["kernels"] = tuning.to_json()
     if prepared.plan is not None and loss is not None:
         settings["budget"] = outcome_json(prepared.plan, loss)
         notes.append(outcome_note(prepared.plan, loss))

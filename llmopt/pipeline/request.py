@@ -10,6 +10,7 @@ from llmopt.errors import UsageError
 from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.ranks import Ranks
+from llmopt.pipeline.tuning import KERNELS, MEASURED
 from llmopt.precision.budget import Budget
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Override
@@ -39,6 +40,7 @@ class QuantizeRequest:
     revision: str | None = None
     trust_remote_code: bool = False
     format: str = ONNX.name
+    kernels: str | None = None  # one of `KERNELS`; None: measured where the format leaves a choice
     seed: int = 0
     threads: int = 1
     force: bool = False
@@ -56,6 +58,24 @@ def require_measurable(request: QuantizeRequest) -> None:
             f"a budget is for {ONNX.name}: its sizes are that format's, and what was lost is measured in onnxruntime",
             hint=f"leave --budget or --format {request.format} out",
         )
+
+
+def kernels_of(request: QuantizeRequest) -> str | None:
+    """How kernels are chosen; None for a format that says nothing of them.
+
+    Raises:
+        UsageError: there is no such way, or there is nothing to choose.
+    """
+    if request.kernels is not None and request.kernels not in KERNELS:
+        raise UsageError(f"there are no {request.kernels!r} kernels", hint=f"--kernels {' or '.join(KERNELS)}")
+    if request.format == ONNX.name:
+        return request.kernels or MEASURED
+    if request.kernels is not None:
+        raise UsageError(
+            f"an artifact of format {request.format} names no kernels: its engine chooses them",
+            hint="leave --kernels out",
+        )
+    return None
 
 
 def require_journal(request: QuantizeRequest) -> None:

@@ -126,6 +126,7 @@ def _request(recipe: Recipe, step: QuantizeStep, options: RunOptions) -> Quantiz
         overrides=tuple((pattern, parse_scheme(scheme)) for pattern, scheme in step.overrides.items()),
         ignore=step.ignore,
         format=step.format,
+        kernels=step.kernels,
         seed=options.seed,
         threads=options.threads,
         force=options.force,

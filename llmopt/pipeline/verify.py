@@ -6,6 +6,7 @@ falls either way, and all that follows moves with it. So with them the error may
 torch, but not larger. Last the graph runs as it ships, and how far it is from float32 activations is reported.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ from llmopt.quantize.weights import QuantizedWeight
 FLOAT_TOLERANCE = 1e-3
 # Two roundings of the same activations leave errors of the same size, but not the same errors.
 ROUNDING_FACTOR = 2.0
+# Fed one by one, tokens meet other kernels, which round as much but not alike.
+STEPS = 16
 _REPORT = "this is a defect of llmopt or of the program that opened it: please report it with this message"
 
 
@@ -50,6 +53,19 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """What the kernels' int8 activations cost, where they flip more than a few tokens; see `llmopt.pipeline.repair`.
+
+    `flipped` is the share of tokens that had another most likely successor, `largest_error` that of the worst product,
+    and `unrounded` holds the products, and their errors, that were given another kernel for it.
+    """
+
+    flipped: float
+    largest_error: float
+    unrounded: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """Held against the quantized model in torch with float32 activations.
 
@@ -60,6 +76,7 @@ class Verification:
     exact: Agreement
     shipped: Agreement | None
     rounded: Agreement | None
+    activations: Activations | None = None
 
 
 class ComputesLogits(Protocol):
@@ -148,7 +165,10 @@ def verify(folder: Path, exact: Reference, rounded: Reference | None, threads: i
             bound = ROUNDING_FACTOR * in_torch.relative_error + FLOAT_TOLERANCE
             require(integers, bound, "with integer products")
             task.advance()
-        shipped = compare(OrtEngine(folder, threads), exact)
+        engine = OrtEngine(folder, threads)
+        shipped = compare(engine, exact)
+        bound = ROUNDING_FACTOR * shipped.relative_error + FLOAT_TOLERANCE
+        require(compare_steps(engine, exact), bound, "fed one token at a time")
         task.advance()
     return Verification(exact=agreement, shipped=shipped, rounded=in_torch)
 
@@ -189,6 +209,14 @@ def compare(engine: ComputesLogits, reference: Reference) -> Agreement:
     """An engine's logits against the reference's."""
     windows = enumerate(reference.windows)
     return agree([(reference.logits(index), engine.logits(ids[None])[0]) for index, ids in windows])
+
+
+def compare_steps(engine: OrtEngine, reference: Reference) -> Agreement:
+    """The first tokens of a window, fed one by one, against the reference's logits."""
+    ids_T = reference.windows[0][:STEPS]
+    stream = engine.stream(len(ids_T))
+    found = np.stack([stream.feed(ids_T[place : place + 1]) for place in range(len(ids_T))])
+    return agree([(reference.logits(0)[: len(ids_T)], found)])
 
 
 def agree(pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Agreement:

@@ -21,9 +21,11 @@ CHANNEL_BLOCKS = (128, 64, 32, 16)
 
 def block_size(weight: QuantizedWeight) -> int:
     """The kernel's block for this weight: its group, or for a whole row a size that divides it."""
-    columns = weight.codes_OI.shape[1]
-    if weight.scheme.group_size is not None:
-        return weight.scheme.group_size
+    return weight.scheme.group_size or channel_block(weight.codes_OI.shape[1])
+
+
+def channel_block(columns: int) -> int:
+    """The block that a scale per channel is repeated for, unless another is asked for."""
     return next((size for size in CHANNEL_BLOCKS if columns % size == 0), 32)
 
 
@@ -52,9 +54,9 @@ def pack_words(values_RC: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(padded).view("<i4"))
 
 
-def pack_codes(weight: QuantizedWeight) -> Bytes:
-    """Codes as uint8 [out, blocks, block * bits / 8]."""
-    size, (rows, columns) = block_size(weight), weight.codes_OI.shape
+def pack_codes(weight: QuantizedWeight, size: int | None = None) -> Bytes:
+    """Codes as uint8 [out, blocks, block * bits / 8], in blocks of `size` instead of `block_size`."""
+    size, (rows, columns) = size or block_size(weight), weight.codes_OI.shape
     blocks = -(-columns // size)
     codes = weight.codes_OI.numpy()
     if blocks * size > columns:
@@ -65,16 +67,16 @@ def pack_codes(weight: QuantizedWeight) -> Bytes:
     return packed.reshape(rows, blocks, -1)
 
 
-def block_scales(weight: QuantizedWeight) -> NDArray[np.float32]:
+def block_scales(weight: QuantizedWeight, size: int | None = None) -> NDArray[np.float32]:
     """One scale a block, float32 [out, blocks]; a scheme per channel repeats its own."""
-    return _per_block(weight, weight.scales_OG.numpy())
+    return _per_block(weight, weight.scales_OG.numpy(), size)
 
 
-def block_zero_points(weight: QuantizedWeight) -> Bytes | None:
+def block_zero_points(weight: QuantizedWeight, size: int | None = None) -> Bytes | None:
     """One zero point a block, packed like the codes; None where the kernel's own default, 2**(bits - 1), is meant."""
     if weight.zero_points_OG is None:
         return None
-    zeros = _per_block(weight, zero_points(weight))
+    zeros = _per_block(weight, zero_points(weight), size)
     return pack_nibbles(zeros) if weight.scheme.bits == 4 else zeros
 
 
@@ -85,8 +87,8 @@ def zero_points(weight: QuantizedWeight) -> Bytes:
     return weight.zero_points_OG.numpy()
 
 
-def _per_block(weight: QuantizedWeight, values_OG: NDArray[Any]) -> NDArray[Any]:
+def _per_block(weight: QuantizedWeight, values_OG: NDArray[Any], size: int | None) -> NDArray[Any]:
     if weight.scheme.group_size is not None:
         return values_OG
-    blocks = -(-weight.codes_OI.shape[1] // block_size(weight))
+    blocks = -(-weight.codes_OI.shape[1] // (size or block_size(weight)))
     return np.repeat(values_OG, blocks, axis=1)

@@ -129,6 +129,9 @@ class QuantizeStep(Section):
     """Another scheme for the linears whose names match a pattern."""
     format: Literal["onnx", "hf", "gptq"] = "onnx"
     """What the artifact is written as: onnx for onnxruntime, hf for transformers, gptq for GPTQModel and vLLM."""
+    kernels: Literal["measured", "default"] | None = None
+    """How onnxruntime's kernels are chosen: measured, by what is fastest on this machine; default, for other machines.
+    null: measured where the format is onnx."""
 
 
 class Step(Section):

@@ -1,5 +1,6 @@
 """An exported decoder in onnxruntime: whole sequences, and streams over one buffer."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from llmopt.engine.base import TokenIds
-from llmopt.engine.ort import AS_INPUT, LOGITS_AT, OrtEngine, open_session
+from llmopt.engine.ort import AS_INPUT, GENAI_CONFIG, LOGITS_AT, OrtEngine, OrtStream, open_session
 from llmopt.errors import ArtifactError, UsageError
 from llmopt.export.onnx.graph import Graph
 from tests.decoders import write_decoder
@@ -177,3 +178,46 @@ def test_a_decoder_that_others_wrote_gives_all_its_logits(folder: Path, engine: 
     model.graph.initializer.remove(constant)
     onnx.save(model, tmp_path / "model.onnx")
     np.testing.assert_array_equal(OrtEngine(tmp_path, threads=1).logits(IDS[None]), engine.logits(IDS[None]))
+
+
+@pytest.fixture
+def cut(folder: Path, tmp_path: Path) -> Path:
+    """The artifact with a config that has a prompt read in pieces of five."""
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / GENAI_CONFIG).write_text('{"search": {"chunk_size": 5}}')
+    return tmp_path / "cut"
+
+
+def test_a_prompt_is_read_in_the_pieces_that_the_config_says(
+    engine: OrtEngine, cut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    append = OrtStream._append
+
+    def counted(stream: OrtStream, ids_T: TokenIds) -> None:
+        lengths.append(len(ids_T))
+        append(stream, ids_T)
+
+    monkeypatch.setattr(OrtStream, "_append", counted)
+    in_pieces = OrtEngine(cut, threads=1)
+    stream = in_pieces.stream(capacity=24)
+    logits = [stream.feed(IDS[:17]), stream.feed(IDS[17:18]), stream.feed(IDS[18:])]
+    assert lengths == [5, 5, 5, 2, 1, 5, 1]
+    whole = engine.logits(IDS[None])[0]
+    for found, place in zip(logits, (16, 17, 23), strict=True):
+        assert np.abs(found - whole[place]).max() < 0.02 * np.abs(whole).max()
+    np.testing.assert_array_equal(in_pieces.logits(IDS[None])[0], whole)
+
+
+@pytest.mark.parametrize("search", ["{}", '{"chunk_size": null}', '{"chunk_size": 0}'])
+def test_without_a_size_it_is_read_in_one(cut: Path, search: str) -> None:
+    (cut / GENAI_CONFIG).write_text(f'{{"search": {search}}}')
+    assert OrtEngine(cut, threads=1).chunk_size is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"search": 5}', "{}"])
+def test_what_is_no_config_is_refused(cut: Path, content: str) -> None:
+    (cut / GENAI_CONFIG).write_text(content)
+    with pytest.raises(ArtifactError, match="no config") as caught:
+        OrtEngine(cut, threads=1)
+    assert caught.value.where == str(cut / GENAI_CONFIG)

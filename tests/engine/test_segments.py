@@ -12,6 +12,7 @@ from llmopt.engine.segments import run_in_segments
 from llmopt.errors import ArtifactError
 from tests.decoders import write_decoder
 from tests.families import CASES, random_weights, spec_of
+from tests.onnx_nodes import long_way
 
 WINDOWS = [np.random.default_rng(seed).integers(0, 97, length) for seed, length in enumerate((24, 7))]
 
@@ -33,7 +34,7 @@ def feeds(engine: OrtEngine) -> list[dict[str, object]]:
 
 
 def run(folder: Path, segment_nodes: int) -> list[np.ndarray]:
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model = long_way(folder)
     return run_in_segments(
         model, folder, feeds(OrtEngine(folder, threads=1)), "logits", threads=1, segment_nodes=segment_nodes
     )
@@ -62,11 +63,29 @@ def test_no_more_than_a_segment_is_open_and_nothing_is_kept_that_none_reads(
     monkeypatch.setattr(segments, "open_session", counting)
     run(folder, 17)
     assert max(sizes) == 17
-    assert sum(sizes) == len(onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+    assert sum(sizes) == len(long_way(folder).graph.node)
+
+
+def test_no_value_keeps_the_memory_of_a_session(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array that onnxruntime gives holds all that its session took."""
+    given: list[np.ndarray] = []
+
+    class Watched:
+        def __init__(self, *arguments: object) -> None:
+            self.session = open_session(*arguments)  # type: ignore[arg-type]
+
+        def run(self, *arguments: object) -> list[np.ndarray]:
+            found = self.session.run(*arguments)
+            given.extend(found)
+            return found
+
+    monkeypatch.setattr(segments, "open_session", Watched)
+    for logits in run(folder, 17):
+        assert not any(np.shares_memory(logits, array) for array in given)
 
 
 def test_a_segment_that_does_not_open_names_the_folder(folder: Path) -> None:
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model = long_way(folder)
     model.graph.node[-2].op_type = "NoSuchOperator"
     with pytest.raises(ArtifactError, match="NoSuchOperator") as caught:
         run_in_segments(model, folder, feeds(OrtEngine(folder, threads=1)), "logits", threads=1)

@@ -1,6 +1,7 @@
 """What onnxruntime-genai is told, and that it opens the artifact and says the same."""
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import onnx
 import onnxruntime_genai
 import pytest
 
-from llmopt.engine.ort import OrtEngine
-from llmopt.export.genai import GENAI_CONFIG, genai_config
+from llmopt.engine.ort import GENAI_CONFIG, OrtEngine
+from llmopt.export.genai import genai_config
 from llmopt.model.spec import ModelSpec
 from tests.decoders import write_decoder
 from tests.families import CASES, random_weights, spec_of
@@ -116,6 +117,23 @@ def test_genai_opens_every_family_and_says_what_a_stream_says(case: str, tmp_pat
         said.append(best)
         expected = stream.feed(np.array([best]))
     assert [int(token) for token in generator.get_sequence(0)] == said
+
+
+def test_genai_reads_a_prompt_in_the_pieces_that_are_in_the_config(spec: ModelSpec, tmp_path: Path) -> None:
+    write_decoder(tmp_path, spec, random_weights(spec), lambda name: "w8a16", [np.arange(3)])
+    config = config_of(spec)
+    config["search"]["chunk_size"] = 2
+    config["model"]["decoder"]["session_options"]["enable_profiling"] = str(tmp_path / "profile")
+    (tmp_path / GENAI_CONFIG).write_text(json.dumps(config))
+    generator = generator_of(tmp_path)
+    generator.append_tokens(np.array(PROMPT, np.int32))
+    del generator  # writes the profile
+    gc.collect()
+    (profile,) = tmp_path.glob("profile*")
+    details = [event["args"] for event in json.loads(profile.read_text()) if "args" in event]
+    calls = [each for each in details if each.get("op_name") == "GroupQueryAttention"]
+    assert len(calls) == len(spec.blocks) * 3  # pieces of five tokens
+    assert {call["input_type_shape"][0]["float"][1] for call in calls} <= {1, 2}
 
 
 def generator_of(folder: Path, **search: object) -> onnxruntime_genai.Generator:

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmopt.engine.ort import OrtEngine
-from llmopt.pipeline.baseline import CACHE_VARIABLE, cache_folder, float_artifact
+from llmopt.pipeline.baseline import float_artifact
+from llmopt.pipeline.cache import CACHE_VARIABLE, cache_folder
 from llmopt.progress import Silent
 
 

@@ -13,6 +13,7 @@ from llmopt.pipeline.verify import Verification, agree, verify
 from llmopt.progress import Silent
 from tests.decoders import write_decoder
 from tests.families import CASES, random_weights, spec_of
+from tests.onnx_nodes import long_way
 
 WINDOWS = [np.random.default_rng(seed).integers(0, 97, 20) for seed in (0, 1)]
 UP = "model.layers.1.mlp.up_proj"
@@ -128,7 +129,7 @@ def test_integers_that_are_off_are_refused_though_the_numbers_are_right(tmp_path
     """Held in float32 alone, the graph would pass: there activations have no codes."""
 
     def shift_codes(folder: Path) -> None:
-        model = onnx.load(folder / GRAPH_FILE, load_external_data=False)
+        model = long_way(folder)
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(7, np.uint8), "seven"))
         (node,) = (node for node in model.graph.node if node.name == f"{UP}/integers")
         node.input[4] = "seven"  # what stands for 0 in the codes of the activations
@@ -136,6 +137,19 @@ def test_integers_that_are_off_are_refused_though_the_numbers_are_right(tmp_path
 
     with pytest.raises(VerificationError, match="with integer products"):
         verified(tmp_path, "w8a8", shift_codes)
+
+
+def test_a_way_that_tokens_take_alone_is_held_against_the_model_too(tmp_path: Path) -> None:
+    def multiply_others(folder: Path) -> None:
+        model = onnx.load(folder / GRAPH_FILE, load_external_data=False)
+        (either,) = (node for node in model.graph.node if f"{UP}/output" in node.output)
+        (alone,) = (item.g for item in either.attribute if item.name == "then_branch")
+        gate, up = alone.node
+        gate.input[1:], up.input[1:] = up.input[1:], gate.input[1:]
+        (folder / GRAPH_FILE).write_bytes(model.SerializeToString())
+
+    with pytest.raises(VerificationError, match="one token at a time"):
+        verified(tmp_path, "w8a8", multiply_others)
 
 
 def test_nothing_stays_beside_the_export(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Each part is written as its weights come, so one block is in memory at a time. W
 the checkpoint, float tensors or `QuantizedWeight`s. Activations are float32.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from llmopt.engine.ort import LOGITS_AT
 from llmopt.export.onnx.attention import AttentionWriter, require_heads
 from llmopt.export.onnx.embedding import emit_embedding, emit_tied_head
 from llmopt.export.onnx.graph import MICROSOFT, Graph
+from llmopt.export.onnx.kernels import Choose, default_kernel
 from llmopt.export.onnx.linear import emit
 from llmopt.export.onnx.norm import emit_norm, emit_sum_and_norm
+from llmopt.export.onnx.one_token import add_short_ways
 from llmopt.export.onnx.positions import Positions
 from llmopt.export.onnx.weights import Weights, as_float, product
 from llmopt.model.spec import Block, Mlp, ModelSpec, Norm
@@ -28,10 +31,10 @@ class DecoderGraph:
         UnsupportedError: onnxruntime has no kernel for the model's attention.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, choose: Choose = default_kernel) -> None:
         require_heads(spec)
         self.spec = spec
-        self.graph = Graph(folder)
+        self.graph = Graph(folder, choose)
         self.residual = ""  # the sum so far
         self.branch: str | None = None  # what is to be added to it by the next norm
         self.table: tuple[str, ...] = ()  # the embedding's tensors, which a tied head reads too
@@ -120,7 +123,7 @@ class DecoderGraph:
         graph.like = x
         if self.spec.before_head is not None:
             x = emit(graph, x, product(self.spec.before_head, weights))
-        head = product(self.spec.head, weights)
+        head = replace(product(self.spec.head, weights), every_token=False)
         tied = self.spec.tied
         logits = emit_tied_head(graph, x, head, self.table) if tied else emit(graph, x, head)
         graph.node("Identity", [logits], "logits", outputs=["logits"])
@@ -134,6 +137,7 @@ class DecoderGraph:
         for index in range(len(self.spec.blocks)):
             for kind in ("key", "value"):
                 self.graph.output(f"present.{index}.{kind}", TensorProto.FLOAT, cache)
+        add_short_ways(self.graph)
         return self.graph.save(version)
 
     def close(self) -> None:

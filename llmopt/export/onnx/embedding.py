@@ -6,9 +6,8 @@ from torch import Tensor
 
 from llmopt.export.onnx.graph import MICROSOFT, Graph
 from llmopt.export.onnx.int8 import int8_product, write_columns
-from llmopt.export.onnx.linear import Product, add_bias, float_scales, matmul_nbits, write_blocks
+from llmopt.export.onnx.linear import Product, add_bias, chosen_kernel, float_scales, matmul_nbits, write_blocks
 from llmopt.model.spec import Embedding
-from llmopt.quantize.pack import block_size
 from llmopt.quantize.weights import QuantizedWeight
 
 
@@ -24,8 +23,9 @@ def emit_embedding(graph: Graph, embedding: Embedding, table: Tensor | Quantized
 
 def gather_blocks(graph: Graph, embedding: Embedding, table: QuantizedWeight) -> tuple[str, tuple[str, ...]]:
     """Rows unpacked from the very bytes that MatMulNBits reads: [vocab, blocks, bytes] seen as [vocab, bytes]."""
-    codes, scales, zeros = write_blocks(graph, embedding.name, table)
-    size, (rows, columns) = block_size(table), table.codes_OI.shape
+    # In the blocks of the head, which reads the same bytes if the two are tied.
+    size, (rows, columns) = chosen_kernel(graph, table, every_token=False).block_size, table.codes_OI.shape
+    codes, scales, zeros = write_blocks(graph, embedding.name, table, size)
     blocks = -(-columns // size)
     flat = graph.alias(f"{embedding.name}.rows", codes, [rows, blocks * size * table.scheme.bits // 8])
     inputs = [flat, "input_ids", float_scales(graph, scales, embedding.name), *([zeros] if zeros else [])]

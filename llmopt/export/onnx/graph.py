@@ -14,6 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from llmopt.export.onnx.kernels import Choose, default_kernel
+
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 ALIGNMENT = 64
@@ -55,10 +57,14 @@ def entry(name: str, shape: Sequence[int], kind: int, place: dict[str, int]) -> 
 
 
 class Graph:
-    """Nodes and tensors. Every method that computes gives the name of its (first) output."""
+    """Nodes and tensors. Every method that computes gives the name of its (first) output.
 
-    def __init__(self, folder: Path) -> None:
+    `choose` says which kernel a weight-only product gets.
+    """
+
+    def __init__(self, folder: Path, choose: Choose = default_kernel) -> None:
         self.folder = folder
+        self.choose = choose
         self.values: set[str] = set()
         self.data = DataFile(folder)
         # Filled in place: a deep model has tens of thousands of nodes, and helper.make_graph would copy them all.

@@ -3,6 +3,8 @@
 import onnx
 from onnx import ModelProto, NodeProto, helper
 
+from llmopt.export.onnx.one_token import without_short_ways
+
 
 def in_float32(model: ModelProto, *, integers: bool = False) -> ModelProto:
     """Rewrite a graph, in place, to what it would compute with activations in float32, over the same data file.
@@ -10,6 +12,7 @@ def in_float32(model: ModelProto, *, integers: bool = False) -> ModelProto:
     MatMulNBits goes to accuracy level 0. Unless `integers` stay, an integer product becomes a float one of the same
     codes, and the codes of its activations the values that they are rounded from.
     """
+    model = without_short_ways(model)
     nodes = [replacement for node in model.graph.node for replacement in _in_float32(node, integers=integers)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from llmopt.export.onnx.graph import MICROSOFT, Graph
 from llmopt.export.onnx.int8 import int8_product, write_columns
-from llmopt.quantize.pack import block_scales, block_size, block_zero_points, pack_codes
+from llmopt.export.onnx.kernels import Kernel, Shape
+from llmopt.quantize.pack import block_scales, block_zero_points, pack_codes
 from llmopt.quantize.weights import QuantizedWeight, stack_rows
-
-# Activations are multiplied as int8 in blocks (1: float32, 4: int8). Level 4 is several times faster in decoding.
-ACCURACY_LEVEL = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """y = x Wᵀ + b with its weight as found: float [out, in], or quantized."""
+    """y = x Wᵀ + b with its weight as found: float [out, in], or quantized.
+
+    `every_token` says whether x is all of a prompt, or its last token alone.
+    """
 
     name: str
     weight: Tensor | QuantizedWeight
     bias: Tensor | None = None
+    every_token: bool = True
 
 
 def stacked(name: str, products: Sequence[Product]) -> Product | None:
@@ -67,16 +69,16 @@ def add_bias(graph: Graph, y: str, product: Product) -> str:
     return graph.node("Add", [y, graph.tensor(f"{product.name}.bias", product.bias.numpy())], f"{product.name}/bias")
 
 
-def write_blocks(graph: Graph, name: str, weight: QuantizedWeight) -> tuple[str, str, str | None]:
-    """Write the codes, scales and zero points of a blocked weight; gives their names.
+def write_blocks(graph: Graph, name: str, weight: QuantizedWeight, size: int) -> tuple[str, str, str | None]:
+    """Write the codes, scales and zero points of a weight in blocks of `size`; gives their names.
 
     Scales that lose nothing by it are stored in half precision: the rest would be half a bit a weight in groups of 32.
     """
-    scales, zeros = block_scales(weight), block_zero_points(weight)
+    scales, zeros = block_scales(weight, size), block_zero_points(weight, size)
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16)
     return (
-        graph.tensor(f"{name}.codes", pack_codes(weight)),
+        graph.tensor(f"{name}.codes", pack_codes(weight, size)),
         graph.tensor(f"{name}.scales", half if np.array_equal(half, scales) else scales),
         None if zeros is None else graph.tensor(f"{name}.zero_points", zeros),
     )
@@ -91,12 +93,19 @@ def float_scales(graph: Graph, scales: str, reader: str) -> str:
 
 def emit_blocks(graph: Graph, x: str, product: Product, weight: QuantizedWeight) -> str:
     """MatMulNBits: weights unpacked block by block inside the kernel."""
-    codes, scales, zeros = write_blocks(graph, product.name, weight)
+    kernel = chosen_kernel(graph, weight, every_token=product.every_token)
+    codes, scales, zeros = write_blocks(graph, product.name, weight, kernel.block_size)
     return matmul_nbits(graph, x, product, weight, (codes, scales, zeros or ""))
+
+
+def chosen_kernel(graph: Graph, weight: QuantizedWeight, *, every_token: bool) -> Kernel:
+    """The kernel of a weight-only product."""
+    return graph.choose(Shape.of(weight, every_token=every_token))
 
 
 def matmul_nbits(graph: Graph, x: str, product: Product, weight: QuantizedWeight, tensors: tuple[str, str, str]) -> str:
     """The node alone, over tensors that are written already."""
+    kernel = chosen_kernel(graph, weight, every_token=product.every_token)
     codes, scales, zeros = tensors
     inputs = [x, codes, float_scales(graph, scales, product.name), zeros]
     if product.bias is not None:
@@ -113,6 +122,6 @@ def matmul_nbits(graph: Graph, x: str, product: Product, weight: QuantizedWeight
         K=columns,
         N=rows,
         bits=weight.scheme.bits,
-        block_size=block_size(weight),
-        accuracy_level=ACCURACY_LEVEL,
+        block_size=kernel.block_size,
+        accuracy_level=kernel.accuracy_level,
     )

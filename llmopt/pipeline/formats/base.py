@@ -92,7 +92,9 @@ class Format(Protocol):
         """What the weights take on disk, before any is read."""
         ...
 
-    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+    def verification_bytes(
+        self, spec: ModelSpec, assignments: Assignments, output_bytes: int, logits_bytes: int
+    ) -> int:
         """What `verify` takes of memory, where model files and the reference's logits take so much."""
         ...
 
@@ -110,4 +112,8 @@ class Format(Protocol):
         Raises:
             VerificationError: it computes something else.
         """
+        ...
+
+    def finish(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> None:
+        """Decide what is decided by running what was written, once it is known to be right."""
         ...

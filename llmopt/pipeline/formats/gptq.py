@@ -66,7 +66,9 @@ class GptqFormat:
         found = entries(spec, _schemes(spec, assignments), gptq.Gptq(), lambda tensor: gptq.DTYPE)
         return sum(entry.size_bytes for entry in found)
 
-    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+    def verification_bytes(
+        self, spec: ModelSpec, assignments: Assignments, output_bytes: int, logits_bytes: int
+    ) -> int:
         """The files, which are mapped; and the whole model in float32 where `TorchEngine` keeps it, else a block."""
         kept = spec.tensors() if fits_in_memory(spec) else spec.blocks[0].tensors()
         return FLOAT_BYTES * sum(tensor.count for tensor in kept) + output_bytes + logits_bytes
@@ -96,6 +98,9 @@ class GptqFormat:
             require(agreement, FLOAT_TOLERANCE, "in float32")
             task.advance()
         return Verification(exact=agreement, shipped=None, rounded=None)
+
+    def finish(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> None:
+        """Nothing is left to decide: engines choose their kernels themselves."""
 
 
 def _schemes(spec: ModelSpec, assignments: Assignments) -> dict[str, Scheme | None]:

@@ -83,7 +83,9 @@ class Hf:
         found = entries(spec, _schemes(spec, assignments), CompressedTensors(dtype), lambda tensor: dtype)
         return sum(entry.size_bytes for entry in found)
 
-    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
+    def verification_bytes(
+        self, spec: ModelSpec, assignments: Assignments, output_bytes: int, logits_bytes: int
+    ) -> int:
         """The whole model in float32, as transformers computes with it; what that is unpacked from, and mapped from."""
         weights = FLOAT_BYTES * sum(tensor.count for tensor in spec.tensors())
         return PACKAGE_BYTES + weights + 2 * output_bytes + logits_bytes
@@ -125,6 +127,9 @@ class Hf:
                 require(shipped, bound, "with rounded activations")
             task.advance()
         return Verification(exact=agreement, shipped=shipped, rounded=in_torch)
+
+    def finish(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> None:
+        """Nothing is left to decide: engines choose their kernels themselves."""
 
 
 class HfWriter(RoundingWriter):

@@ -6,16 +6,23 @@ from pathlib import Path
 
 from llmopt import __version__
 from llmopt.artifact import write_json
+from llmopt.engine.ort import GENAI_CONFIG
 from llmopt.engine.segments import SEGMENT_NODES
-from llmopt.export.genai import GENAI_CONFIG, genai_config
+from llmopt.export.genai import genai_config
 from llmopt.export.onnx.attention import require_heads
 from llmopt.export.onnx.decoder import DecoderGraph
 from llmopt.export.onnx.graph import GRAPH_FILE
+from llmopt.export.onnx.kernels import default_kernel
+from llmopt.export.onnx.one_token import LARGEST_BYTES
+from llmopt.model.json_file import read_object
+from llmopt.model.rotary import longest_sequence
 from llmopt.model.source import CONFIG, ModelSource
-from llmopt.model.spec import Block, ModelSpec
+from llmopt.model.spec import Block, Linear, ModelSpec
 from llmopt.model.storage import quantized_bytes
 from llmopt.pipeline.calibration import Weights
 from llmopt.pipeline.formats.base import Assignments
+from llmopt.pipeline.repair import repaired
+from llmopt.pipeline.tuning import PROMPT, Tuning
 from llmopt.pipeline.verify import References, Verification, verify
 from llmopt.progress import Progress
 from llmopt.quantize.assign import EIGHT_BITS, TableRule
@@ -29,8 +36,9 @@ NODES_BYTES = 2**19  # that onnxruntime takes for the nodes of a block, beside t
 
 @dataclass(frozen=True, kw_only=True)
 class Onnx:
-    """The format `onnx`."""
+    """The format `onnx`; `tuning` chooses kernels, None the default ones."""
 
+    tuning: Tuning | None = None
     name: str = "onnx"
     engine: str = "onnxruntime"
     tables: TableRule = EIGHT_BITS
@@ -52,11 +60,17 @@ class Onnx:
         """See `estimated_bytes`."""
         return estimated_bytes(spec, assignments)
 
-    def verification_bytes(self, spec: ModelSpec, output_bytes: int, logits_bytes: int) -> int:
-        """A segment's blocks as floats, in its graph and as kernels have them; or the graph as it ships, and logits."""
+    def verification_bytes(
+        self, spec: ModelSpec, assignments: Assignments, output_bytes: int, logits_bytes: int
+    ) -> int:
+        """A segment's blocks as floats, in its graph and as kernels have them; or the graph as it ships, and logits.
+
+        In that, integer products that are small have their weights twice.
+        """
         block = FLOAT_BYTES * max(sum(tensor.count for tensor in block.tensors()) for block in spec.blocks)
         segment = math.ceil(SEGMENT_NODES / BLOCK_NODES) * block
-        return max(2 * segment, output_bytes + NODES_BYTES * len(spec.blocks) + logits_bytes)
+        twice = sum(linear.weight.count for linear in spec.linears() if _has_short_way(linear, assignments))
+        return max(2 * segment, output_bytes + twice + NODES_BYTES * len(spec.blocks) + logits_bytes)
 
     def write_companions(self, source: ModelSource, assignments: Assignments, folder: Path) -> None:
         """The model's own config, and that of onnxruntime-genai where it knows the family."""
@@ -67,11 +81,23 @@ class Onnx:
 
     def writer(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> "GraphWriter":
         """Begin the graph and its data file."""
-        return GraphWriter(DecoderGraph(folder, spec))
+        choose = default_kernel if self.tuning is None else self.tuning.kernel
+        return GraphWriter(DecoderGraph(folder, spec, choose))
 
     def verify(self, folder: Path, references: References, threads: int, progress: Progress) -> Verification:
-        """See `llmopt.pipeline.verify`."""
-        return verify(folder, references.exact, references.rounded, threads, progress)
+        """See `llmopt.pipeline.verify`, and `llmopt.pipeline.repair` for what is done about flipped tokens."""
+        found = verify(folder, references.exact, references.rounded, threads, progress)
+        return repaired(found, folder, references.exact, threads)
+
+    def finish(self, spec: ModelSpec, assignments: Assignments, folder: Path) -> None:
+        """Tell onnxruntime-genai in what pieces to read a prompt, where that is faster."""
+        path = folder / GENAI_CONFIG
+        if self.tuning is None or not path.is_file() or longest_sequence(spec) < PROMPT:
+            return
+        size = self.tuning.chunk(prefill_name(spec, assignments), folder, spec.vocab_size)
+        if size is not None:
+            config = read_object(path)
+            write_json(path, config | {"search": config["search"] | {"chunk_size": size}})
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,22 @@ class GraphWriter:
     def close(self) -> None:
         """See `Writer`."""
         self.graph.close()
+
+
+def _has_short_way(linear: Linear, assignments: Assignments) -> bool:
+    scheme = assignments[linear.name].scheme
+    return scheme is not None and scheme.activation_bits == 8 and linear.weight.count <= LARGEST_BYTES
+
+
+def prefill_name(spec: ModelSpec, assignments: Assignments) -> str:
+    """What decides how fast a prompt is read: the shape of the model, and its schemes."""
+    block = spec.blocks[0]
+    heads = f"{block.attention.heads} and {block.attention.kv_heads} heads of {block.attention.head_dim}"
+    schemes = {"float" if item.scheme is None else item.scheme.name for item in assignments.values()}
+    return (
+        f"prompt of {PROMPT} tokens, {len(spec.blocks)} blocks of {spec.hidden_size}, {heads}, MLPs of "
+        f"{block.mlp.size}, {' and '.join(sorted(schemes))}"
+    )
 
 
 def estimated_bytes(spec: ModelSpec, assignments: Assignments) -> int:
