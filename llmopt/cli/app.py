@@ -16,6 +16,7 @@ from llmopt.cli.demo import demo
 from llmopt.cli.generate import generate
 from llmopt.cli.inspect import inspect
 from llmopt.cli.launch import launch
+from llmopt.cli.partition import partition
 from llmopt.cli.probe import probe
 from llmopt.cli.processes import before_command
 from llmopt.cli.quantize import quantize
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "default_map": _NO_HELP | {"recipe": _NO_HELP}},
 )
-for command in (demo, inspect, quantize, probe, launch, bench, run, generate):
+for command in (demo, inspect, quantize, bench, probe, partition, launch, run, generate):
     app.command()(command)
 app.add_typer(recipe.app, name="recipe")
 

@@ -1,9 +1,9 @@
 """What the parts of a model cost on a group of devices: seconds and bytes, from the description alone.
 
-The parts are the blocks, the first with the embedding, and the head with the final norm. A product takes what is longer, its
-operations at the speed that the device reaches or its weights at the bandwidth that it reaches (the roofline,
-Williams et al. 2009); a block also takes what its launch takes. Tensor parallelism divides products by heads, channels
-and vocabulary, and adds two all-reduces a block, as a ring: 2 (t - 1) messages of a t-th (Thakur et al. 2005).
+The parts are the blocks, the first with the embedding, and the head with the final norm. A product takes what is
+longer, its operations at the speed that the device reaches or its weights at the bandwidth that it reaches (the
+roofline, Williams et al. 2009); a block also takes what its launch takes. Tensor parallelism divides products by heads,
+channels and vocabulary, and adds two all-reduces a block, as a ring: 2 (t - 1) messages of a t-th (Thakur et al. 2005).
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from llmopt.partition.problem import SLACK, Array, Kind, Piece, Slot, stage_seconds
 from llmopt.partition.window import first_items, window_minimum
@@ -94,7 +95,7 @@ class _Reaching:
             if further > reached:
                 reached, first = further, near
         far = self._anywhere[place]
-        if far:
+        if far and (far > near or slot.between_s < slot.inside_s):
             further, begin = kind.reach(far, self._seconds - slot.between_s), far
             if further <= far and slot.inside_s < slot.between_s:
                 # Nothing more, but taking over the last items puts a stage into this node.
@@ -144,7 +145,7 @@ class _Step:
     kind: Kind
     hop_s: float
     limit: float
-    first: Array = field(init=False)
+    first: npt.NDArray[np.int64] = field(init=False)
     pairs: Array | None = field(init=False)
 
     def __post_init__(self) -> None:

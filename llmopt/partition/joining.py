@@ -11,8 +11,8 @@ from typing import Protocol
 
 from llmopt.partition.problem import SLACK, Objective, Piece
 
-TOLERANCE = 1e-11  # relative; what is left when bisection ends
-JOINED = 1e-10  # for those that need a least sum at every step
+TOLERANCE = 1e-10  # relative; what is left when bisection ends
+JOINED = 1e-9  # for those that need a least sum at every step
 
 Pieces = list[Piece]
 
@@ -62,13 +62,18 @@ def best(oracle: Oracle, objective: Objective, at_most: float = math.inf) -> Pie
     return min([pieces, *join(oracle, objective, bottleneck_s * (1 + 2 * TOLERANCE), value)], key=value)
 
 
-def smallest_largest(oracle: Oracle, at_most: float = math.inf) -> tuple[Pieces, float] | None:
+def smallest_largest(
+    oracle: Oracle, at_most: float = math.inf, tolerance: float = TOLERANCE
+) -> tuple[Pieces, float] | None:
     """Stages whose largest is smallest, and that; None if nothing fits or it could not be at most `at_most`."""
-    low, high = 0.0, min(oracle.longest_s(), at_most)
-    pieces = oracle.within(high)
-    if pieces is None:
-        return None
-    while high - low > TOLERANCE * high:
+    most = min(oracle.longest_s(), at_most)
+    # From an equal share up: what is far from the answer is not asked about often.
+    low, high = 0.0, min(oracle.longest_s() / (4 * oracle.most_stages), most)
+    while (pieces := oracle.within(high)) is None:
+        if high >= most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > tolerance * high:
         middle = (low + high) / 2
         found = oracle.within(middle)
         if found is None:

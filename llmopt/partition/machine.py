@@ -99,7 +99,8 @@ class Machine:
         """An order of devices as the search knows it."""
         kinds: list[Kind] = []
         numbers: dict[Group, int] = {}
-        slots, followers = [], _followers(devices)
+        slots: list[Slot] = []
+        followers = _followers(devices)
         for place, device in enumerate(devices):
             run = slots[-1].run + (device.node != devices[place - 1].node) if slots else 0
             options = []

@@ -20,6 +20,7 @@ from llmopt.partition.problem import Objective, Piece
 
 MOST_ORDERS = 120
 _MOST_JOINED = 20_000  # counts × items
+_NEAR = 1e-6  # relative: what is cut again for the order that is found need not be exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ def solve_order(
 ) -> Solution | None:
     """The best stages for one order; None where nothing fits, or nothing is below `at_most`."""
     kinds, slots = machine.slots(devices, metric)
+    if not kinds:
+        return None  # no node has a group of that many devices
     order, objective = FixedOrder(kinds=kinds, slots=slots), machine.objective(metric)
     found: list[tuple[float, tuple[Piece, ...]]] = []
     if (alone := order.alone()) is not None:
@@ -52,14 +55,16 @@ def solve_order(
     return Solution(devices=tuple(devices), pieces=chosen, value=value, bound=value)
 
 
-def solve_any_order(machine: Machine, devices: Sequence[Device], metric: Metric) -> Solution | None:
-    """The best stages for any order of devices; None where nothing fits."""
+def solve_any_order(
+    machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf
+) -> Solution | None:
+    """The best stages for any order of devices; None where nothing fits, or nothing is below `at_most`."""
     orders = few_orders(devices)
     if orders is None:
-        return _by_class(machine, devices, metric)
+        return _by_class(machine, devices, metric, at_most)
     found: Solution | None = None
     for order in orders:
-        solution = solve_order(machine, order, metric, found.value if found else math.inf)
+        solution = solve_order(machine, order, metric, found.value if found else at_most)
         if solution is not None and (found is None or solution.value < found.value):
             found = solution
     return found
@@ -111,24 +116,25 @@ def _inner(node: Sequence[Device]) -> Iterator[list[Device]]:
         yield [left[kind].pop(0) for kind in order]
 
 
-def _by_class(machine: Machine, devices: Sequence[Device], metric: Metric) -> Solution | None:
+def _by_class(machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float) -> Solution | None:
     """The best class by class, then laid onto nodes; only the best choice of degrees is."""
     objective = machine.objective(metric)
     chosen: tuple[float, list[Piece]] | None = None
     bound = math.inf
-    for degrees in _degrees_by_class(machine, devices):
-        any_order, hops = _classes(machine, devices, metric, degrees)
+    problems = [_classes(machine, devices, metric, degrees) for degrees in _degrees_by_class(machine, devices)]
+    # The small ones are quick, and what they find rules most of the others out.
+    for any_order, hops in sorted(problems, key=lambda one: one[0].states):
         lowest = _bound(any_order, objective)
-        if chosen is not None and lowest >= chosen[0]:
+        if lowest >= at_most:
             continue
-        pieces = _stages(any_order, objective, chosen[0] if chosen else math.inf)
+        pieces = _stages(any_order, objective, at_most)
         if pieces is None:
             continue
         seconds = any_order.seconds(pieces)
         value = objective.value(sum(seconds), max(seconds))
         bound = min(bound, value if hops[0] == hops[1] and _exact(any_order, objective) else lowest)
         if chosen is None or value < chosen[0]:
-            chosen = value, pieces
+            chosen, at_most = (value, pieces), min(at_most, value)
     if chosen is None:
         return None
     solution = solve_order(machine, _laid_out(chosen[1], devices), metric)
@@ -140,6 +146,7 @@ def _degrees_by_class(machine: Machine, devices: Sequence[Device]) -> Iterator[d
     most = Counter((device.kind, device.node) for device in devices)
     choices = [
         [degree for degree in machine.degrees if any(most[key] >= degree for key in most if key[0] == kind)]
+        or machine.degrees[:1]  # it has no group, and is left out
         for kind in kinds
     ]
     for chosen in product(*choices):
@@ -181,7 +188,7 @@ def _stages(any_order: AnyOrder, objective: Objective, at_most: float) -> list[P
         return None
     if _exact(any_order, objective):
         return best(any_order, objective, at_most)
-    found = smallest_largest(any_order, at_most)
+    found = smallest_largest(any_order, at_most / objective.micro_batches, _NEAR)
     return found[0] if found is not None else None
 
 

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,7 @@ class Kind:
     alone_s: float = 0.0
     alone_bytes: float = 0.0
     times: list[float] = field(init=False)
+    fars: list[int] = field(init=False)
     far: npt.NDArray[np.int64] = field(init=False)
     """From each item, how far memory reaches, [items + 1]."""
 
@@ -61,6 +62,7 @@ class Kind:
         far = np.searchsorted(self.memory, self.memory + self.capacity + slack, side="right") - 1
         object.__setattr__(self, "times", self.time.tolist())
         object.__setattr__(self, "far", np.maximum(far, 0) if self.capacity >= 0 else np.zeros_like(far))
+        object.__setattr__(self, "fars", self.far.tolist())
 
     @property
     def items(self) -> int:
@@ -69,8 +71,10 @@ class Kind:
 
     def reach(self, first: int, seconds: float) -> int:
         """How far a stage that begins with item `first` and has so many seconds can go."""
-        in_time = bisect_right(self.times, self.times[first] + seconds * (1 + SLACK)) - 1
-        return min(in_time, int(self.far[first])) if seconds >= 0 else first
+        if seconds < 0:
+            return first
+        far = self.fars[first]
+        return min(bisect_right(self.times, self.times[first] + seconds * (1 + SLACK), first) - 1, far)
 
     def alone(self) -> float:
         """Seconds of a plan of this one stage; infinite where it does not fit."""
@@ -92,8 +96,7 @@ class Slot:
     between_s: float  # a hop from another one
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One stage of a solution."""
 
     slot: int

@@ -104,7 +104,7 @@ class Search:
     cluster: Cluster
     workload: Workload
     wanted: Wanted
-    _machines: dict[tuple[int, int], Machine] = field(default_factory=dict, init=False)
+    _machines: dict[tuple[int, int, tuple[int, ...]], Machine] = field(default_factory=dict, init=False)
 
     def plan(self) -> Plan:
         """The best plan.
@@ -152,7 +152,7 @@ class Search:
         return [asked]
 
     def _machine(self, replicas: int, count: int, degrees: Sequence[int]) -> Machine:
-        key = (replicas, count)
+        key = (replicas, count, tuple(degrees))
         if key not in self._machines:
             sequences = -(-self.workload.batch // replicas)
             costs = Costs(
@@ -221,10 +221,11 @@ class Search:
         bound = math.inf
         for replicas, count, mine in self._settings(devices, metric):
             machine = self._machine(replicas, count, degrees)
+            limit_s = _limit_s(best, machine, metric) if best is not None and not self.wanted.promises else math.inf
             if self.wanted.order is not None:
-                solution = solve_order(machine, mine, metric)
+                solution = solve_order(machine, mine, metric, limit_s)
             else:
-                solution = solve_any_order(machine, mine, metric)
+                solution = solve_any_order(machine, mine, metric, limit_s)
             if solution is None:
                 continue
             candidate = self._candidate(machine, solution, metric)
@@ -380,7 +381,7 @@ class Search:
         pieces = divided([each + (index < more) for index in range(len(degrees))], 1)
         starts = [sum(degrees[:index]) for index in range(len(degrees))]
         placed = [
-            replace(piece, slot=start, degree=degree)
+            piece._replace(slot=start, degree=degree)
             for piece, start, degree in zip(pieces, starts, degrees, strict=True)
         ]
         stages = machine.stages(order, placed)
@@ -426,7 +427,7 @@ def memory_needed(machine: Machine, devices: Sequence[Device]) -> float:
 
 def _metric(objective: ObjectiveName) -> Metric:
     assert objective in {"ttft", "tpot", "throughput"}
-    return objective  # type: ignore[return-value]
+    return objective
 
 
 def _value(candidate: Candidate, metric: Metric) -> float:
@@ -436,6 +437,12 @@ def _value(candidate: Candidate, metric: Metric) -> float:
     if metric == "tpot":
         return candidate.predicted.tpot_ms
     return 1000 / candidate.predicted.throughput_tokens_per_s
+
+
+def _limit_s(best: Candidate, machine: Machine, metric: Metric) -> float:
+    """What a plan for a machine must be below to be better, in the seconds that the search counts."""
+    tokens = machine.replicas * machine.costs.cut.sequences * machine.costs.workload.output
+    return _value(best, metric) / 1000 * (tokens if metric == "throughput" else 1)
 
 
 def _powers(most: int) -> list[int]:

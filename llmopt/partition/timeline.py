@@ -24,7 +24,7 @@ class Event:
 
 
 def events(plan: Plan, rounds: int = _ROUNDS) -> list[Event]:
-    """A replay of the plan: a stage takes what comes, one after another, and a group's next token waits for its last."""
+    """A replay of the plan: a stage takes what comes; a group's next token waits for its last."""
     free = [0.0] * len(plan.stages)
     found: list[Event] = []
     groups = min(plan.micro_batches, -(-plan.workload.batch // plan.replicas))
@@ -96,9 +96,9 @@ def as_svg(plan: Plan) -> str:
     slow = bottleneck(plan, "prefill"), bottleneck(plan, "decode")
     title = f"{plan.model}: TTFT {plan.predicted.ttft_ms:.4g} ms, TPOT {plan.predicted.tpot_ms:.4g} ms"
     subtitle = f"bottleneck of prefill: stage {slow[0]}; of decoding: stage {slow[1]}; numbers are micro-batches"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="white"/>',
+        f'{head} font-size="11"><rect width="100%" height="100%" fill="white"/>',
         f'<text x="8" y="20" font-size="14">{escape(title)}</text><text x="8" y="40">{escape(subtitle)}</text>',
     ]
     for number, stage in enumerate(plan.stages):

@@ -1,0 +1,119 @@
+"""How long the search for a plan takes, as models and clusters grow.
+
+nice python -m benchmarks.partition_scale [--plot curve.png]
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from llmopt.model.families import spec_from_config
+from llmopt.model.spec import ModelSpec
+from llmopt.partition.classes import AnyOrder
+from llmopt.partition.cluster import Cluster, cluster_from_json
+from llmopt.partition.cost import Precision
+from llmopt.partition.fixed import FixedOrder
+from llmopt.partition.joining import smallest_largest
+from llmopt.partition.joint import choose_schemes
+from llmopt.partition.plan import Workload
+from llmopt.partition.problem import Kind, Slot
+from llmopt.partition.search import Model, Search, Wanted
+
+NODES = [
+    {"name": "a", "count": 2, "devices": {"h100-sxm": 8}, "link": {"latency_us": 5, "gb_per_s": 300}},
+    {"name": "b", "count": 3, "devices": {"a100-80gb-sxm": 8}, "link": {"latency_us": 5, "gb_per_s": 200}},
+    {"name": "c", "count": 6, "devices": {"l40s": 4}, "link": {"latency_us": 10, "gb_per_s": 25}},
+]
+
+
+def llama(blocks: int) -> ModelSpec:
+    """Shaped as Llama-3.1-405B, with so many blocks."""
+    config = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248}
+    config |= {"num_hidden_layers": blocks, "num_attention_heads": 128, "num_key_value_heads": 8}
+    return spec_from_config(config | {"max_position_embeddings": 131072, "torch_dtype": "bfloat16"})
+
+
+def mixed() -> Cluster:
+    """64 accelerators of three classes."""
+    between = {"latency_us": 10, "gb_per_s": 40}
+    return cluster_from_json({"schema": "llmopt.cluster/1", "nodes": NODES, "between": between})
+
+
+def kinds(items: int, devices: int, speeds: tuple[float, ...]) -> list[Kind]:
+    draw = random.Random(items)
+    work = np.array([draw.uniform(0.5, 2) for _ in range(items)])
+    size = np.array([draw.uniform(0.5, 2) for _ in range(items)])
+    room = max(6 * items / devices, 8.0)
+    sums = [np.concatenate([[0.0], np.cumsum(one)]) for one in (work, size)]
+    return [Kind(time=sums[0] / speed, memory=sums[1], capacity=room * (0.6 + speed)) for speed in speeds]
+
+
+def fixed_order(items: int, devices: int) -> None:
+    draw = random.Random(devices)
+    of_kind = kinds(items, devices, (0.3, 0.6, 1.0))
+    slots = [
+        Slot(options=((1, draw.randrange(3)),), run=place // 8, inside_s=0.01, between_s=0.05)
+        for place in range(devices)
+    ]
+    assert smallest_largest(FixedOrder(kinds=of_kind, slots=slots)) is not None
+
+
+def free_order(items: int, devices: int) -> None:
+    counts = [devices // 3, devices // 3, devices - 2 * (devices // 3)]
+    problem = AnyOrder(kinds=kinds(items, devices, (0.3, 0.6, 1.0)), counts=counts, degrees=[1] * 3, hop_s=0.05)
+    assert smallest_largest(problem) is not None
+
+
+def joint(blocks: int) -> None:
+    spec = llama(blocks)
+    base = Precision(dtype="bfloat16", schemes={})
+    precision = choose_schemes(spec, mixed(), Workload(prompt=2048, output=256, batch=64), base)
+    model = Model(name="llama", spec=spec, precision=precision)
+    workload = Workload(prompt=2048, output=256, batch=1)
+    Search(model=model, cluster=mixed(), workload=workload, wanted=Wanted(objective="tpot")).plan()
+
+
+def whole(objective: str) -> None:
+    model = Model(name="llama", spec=llama(126), precision=Precision(dtype="bfloat16", schemes={}))
+    workload = Workload(prompt=2048, output=256)
+    Search(model=model, cluster=mixed(), workload=workload, wanted=Wanted(objective=objective)).plan()
+
+
+def seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", help="draw the curve to this file")
+    asked = parser.parse_args()
+    print(f"10,000 layers on 4,000 devices, fixed order: {seconds(lambda: fixed_order(10_000, 4_000)):.2f} s")
+    print(f"128 layers on 1,000 devices of 3 classes, free order: {seconds(lambda: free_order(128, 1_000)):.2f} s")
+    print(f"405B on 64 mixed accelerators, TPOT: {seconds(lambda: whole('tpot')):.2f} s")
+    print(f"joint, 128 layers on 64 devices: {seconds(lambda: joint(128)):.2f} s")
+    sizes = [250 * 2**step for step in range(6)]
+    curve = [seconds(lambda size=size: fixed_order(size, size * 2 // 5)) for size in sizes]
+    for size, took in zip(sizes, curve, strict=True):
+        print(f"{size:>6} layers on {size * 2 // 5:>5} devices: {took:.3f} s")
+    if asked.plot:
+        draw(asked.plot, sizes, curve)
+
+
+def draw(path: str, sizes: list[int], curve: list[float]) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure(layout="constrained").subplots()
+    axes.loglog(sizes, curve, "o-", label="measured")
+    axes.loglog(sizes, [curve[0] * size / sizes[0] for size in sizes], "--", label="linear")
+    axes.set(xlabel="layers, on 0.4 devices each", ylabel="seconds")
+    axes.legend()
+    axes.figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A plan for a model on a cluster, from what people ask for to plan.json. Only the model's config is read."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmopt.errors import ArtifactError, UsageError, near_match
+from llmopt.model.source import open_source
+from llmopt.model.spec import ModelSpec
+from llmopt.partition.cluster import load_cluster
+from llmopt.partition.cost import DTYPE_BYTES, Precision
+from llmopt.partition.engines import ENGINES, export
+from llmopt.partition.joint import choose_schemes
+from llmopt.partition.plan import Plan, Workload, write_plan
+from llmopt.partition.search import OBJECTIVES, Model, Search, Wanted, parse_promise
+from llmopt.partition.timeline import as_svg
+from llmopt.progress import Progress
+from llmopt.quantize.assign import assign
+from llmopt.quantize.scheme import parse_scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionRequest:
+    """What to plan, and for what. None: whatever is best."""
+
+    model: str
+    cluster: Path
+    output: Path
+    objective: str = "tpot"
+    promises: tuple[str, ...] = ()
+    prompt: int = 512
+    output_tokens: int = 128
+    batch: int = 1
+    dtype: str | None = None
+    scheme: str | None = None
+    joint: bool = False
+    degree: int | None = None
+    micro_batches: int | None = None
+    replicas: int | None = None
+    split: str | None = None
+    order: str | None = None
+    timeline: Path | None = None
+    export: str | None = None
+    revision: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionResult:
+    """The plan, and what another engine is to be told."""
+
+    plan: Plan
+    exported: dict[str, Any] | None
+
+
+def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
+    """Find the plan and write it.
+
+    Raises:
+        LlmoptError: the request contradicts itself, the model or the cluster, or there is no such plan.
+    """
+    wanted = _wanted(request)
+    cluster = load_cluster(request.cluster)
+    source = open_source(request.model, revision=request.revision, weights=False, progress=progress)
+    workload = Workload(prompt=request.prompt, output=request.output_tokens, batch=request.batch)
+    _require_context(source.spec, workload)
+    precision = _precision(source.spec, request)
+    if request.joint:
+        precision = choose_schemes(source.spec, cluster, workload, precision)
+    model = Model(name=source.name, spec=source.spec, precision=precision, revision=source.revision)
+    with progress.task("searching for the plan"):
+        plan = Search(model=model, cluster=cluster, workload=workload, wanted=wanted).plan()
+    if request.joint:
+        plan = replace(plan, notes=(*plan.notes, "schemes chosen for the least estimated loss that fits"))
+    exported = export(plan, source.spec, request.export) if request.export is not None else None
+    write_plan(request.output, plan)
+    if request.timeline is not None:
+        request.timeline.write_text(as_svg(plan), encoding="utf-8")
+    return PartitionResult(plan=plan, exported=exported)
+
+
+def _wanted(request: PartitionRequest) -> Wanted:
+    named = {name: name for name in OBJECTIVES}
+    if request.objective not in named:
+        hint = near_match(request.objective, OBJECTIVES)
+        raise UsageError(f"there is no objective {request.objective!r}", where="--objective", hint=hint)
+    if request.export is not None and request.export not in ENGINES:
+        hint = near_match(request.export, ENGINES)
+        raise UsageError(f"there is no engine {request.export!r}", where="--export", hint=hint)
+    if request.output.exists() and not request.force:
+        raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
+    return Wanted(
+        objective=named[request.objective],
+        promises=tuple(map(parse_promise, request.promises)),
+        micro_batches=request.micro_batches,
+        replicas=request.replicas,
+        degree=request.degree,
+        order=None if request.order is None else tuple(request.order.split(",")),
+        split=None if request.split is None else _counts(request.split),
+    )
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"{text!r} is no split", where="--split", hint="blocks of each stage: --split 10,12,8")
+    return tuple(int(part) for part in parts)
+
+
+def _require_context(spec: ModelSpec, workload: Workload) -> None:
+    if workload.context > spec.context_length:
+        what = f"{workload.context} tokens, where the model reads {spec.context_length}"
+        raise UsageError(what, where="--prompt, --output-tokens")
+
+
+def _precision(spec: ModelSpec, request: PartitionRequest) -> Precision:
+    dtype = request.dtype or spec.dtype
+    if dtype not in DTYPE_BYTES:
+        raise UsageError(f"there is no dtype {dtype!r}", where="--dtype", hint=near_match(dtype, DTYPE_BYTES))
+    if request.scheme is None:
+        return Precision(dtype=dtype, schemes={})
+    if request.joint:
+        raise UsageError("--joint chooses the schemes, and --scheme gives one", hint="leave one of them out")
+    found = assign(spec, parse_scheme(request.scheme))
+    return Precision(dtype=dtype, schemes={name: one.scheme for name, one in found.items() if one.scheme is not None})
