@@ -95,7 +95,7 @@ class _Reaching:
             if further > reached:
                 reached, first = further, near
         far = self._anywhere[place]
-        if far:
+        if far and (far > near or slot.between_s < slot.inside_s):
             further, begin = kind.reach(far, self._seconds - slot.between_s), far
             if further <= far and slot.inside_s < slot.between_s:
                 # Nothing more, but taking over the last items puts a stage into this node.

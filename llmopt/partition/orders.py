@@ -38,6 +38,8 @@ def solve_order(
 ) -> Solution | None:
     """The best stages for one order; None where nothing fits, or nothing is below `at_most`."""
     kinds, slots = machine.slots(devices, metric)
+    if not kinds:
+        return None  # no node has a group of that many devices
     order, objective = FixedOrder(kinds=kinds, slots=slots), machine.objective(metric)
     found: list[tuple[float, tuple[Piece, ...]]] = []
     if (alone := order.alone()) is not None:
@@ -144,6 +146,7 @@ def _degrees_by_class(machine: Machine, devices: Sequence[Device]) -> Iterator[d
     most = Counter((device.kind, device.node) for device in devices)
     choices = [
         [degree for degree in machine.degrees if any(most[key] >= degree for key in most if key[0] == kind)]
+        or machine.degrees[:1]  # it has no group, and is left out
         for kind in kinds
     ]
     for chosen in product(*choices):
