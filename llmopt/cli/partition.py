@@ -61,7 +61,7 @@ def partition(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Plan which device has which blocks of a model, and predict what that takes, without reading weights.
+    """Plan which device has which blocks, and predict the times.
 
     Prints the plan, beside it an even split and a single device, and how far from the best it can be at most.
 
