@@ -33,6 +33,7 @@ from llmopt.cli.training import (
     CrossEntropy,
     LoraRank,
     Precision,
+    Rate,
     Steps,
     TrainData,
     training_options,
@@ -105,6 +106,7 @@ def quantize(
     lora_rank: LoraRank = None,
     by_block: ByBlock = False,
     precision: Precision = None,
+    rate: Rate = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -215,7 +217,7 @@ def quantize(
 
     from llmopt.pipeline.request import QuantizeRequest
 
-    training = training_options(train_data, steps, batch, cross_entropy, lora_rank, by_block, precision)
+    training = training_options(train_data, steps, batch, cross_entropy, lora_rank, by_block, precision, rate)
     request = QuantizeRequest(
         model=model,
         output=output,

@@ -60,6 +60,12 @@ Precision = Annotated[
         "[default: fp32]",
     ),
 ]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        "--rate", metavar="R", help="With qat: how far weights go in a step at first, in codes. [default: 0.002]"
+    ),
+]
 
 
 def training_options(
@@ -70,6 +76,7 @@ def training_options(
     lora_rank: int | None,
     by_block: bool,
     precision: str | None,
+    rate: float | None,
 ) -> "QatOptions | None":
     """What was said of training; None if nothing was."""
     from llmopt.pipeline.qat.options import QatOptions
@@ -82,6 +89,7 @@ def training_options(
         "lora_rank": lora_rank,
         "by_block": by_block or None,
         "precision": precision,
+        "rate": rate,
     }
     given = {name: value for name, value in said.items() if value is not None}
     return QatOptions(**given) if given else None  # type: ignore[arg-type]

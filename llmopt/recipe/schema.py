@@ -121,6 +121,8 @@ class Training(Section):
     """Train one block at a time, for models that do not fit into memory as a whole."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What products are computed in; weights and updates are fp32."""
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.002
+    """How far weights go in a step at first, in codes."""
 
 
 class QuantizeStep(Section):

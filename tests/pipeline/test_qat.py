@@ -50,7 +50,12 @@ def text(tmp_path_factory) -> Path:
 
 
 def request(model: Path, output: Path, text: Path, scheme: str = "w4a16", **more: object) -> QuantizeRequest:
-    settings = {"method": "rtn+qat", "training": QatOptions(steps=30), "calib": text, "calib_tokens": TOKENS} | more
+    settings = {
+        "method": "rtn+qat",
+        "training": QatOptions(steps=30, rate=0.005),
+        "calib": text,
+        "calib_tokens": TOKENS,
+    } | more
     return QuantizeRequest(model=str(model), output=output, scheme=parse_scheme(scheme), **settings)
 
 
@@ -71,7 +76,7 @@ def losses(result: QuantizeResult) -> list[float]:
     ],
 )
 def test_training_brings_it_nearer_to_the_float_model(tiny_llama, tmp_path, text, scheme, options):
-    training = QatOptions(steps=30, **options)
+    training = QatOptions(steps=30, rate=0.005, **options)
     result = quantize(request(tiny_llama, tmp_path / "out", text, scheme, training=training))
     found = losses(result)
     assert min(found) < (0.99 if options.get("cross_entropy") else 0.9) * found[0]
@@ -88,7 +93,7 @@ def test_training_brings_it_nearer_to_the_float_model(tiny_llama, tmp_path, text
 
 
 def test_blocks_by_themselves_come_nearer_to_the_float_ones(tiny_llama, tmp_path, text):
-    training = QatOptions(steps=60, by_block=True)
+    training = QatOptions(steps=60, rate=0.005, by_block=True)
     result = quantize(request(tiny_llama, tmp_path / "out", text, training=training))
     told = result.report.settings["training"]
     assert len(told["held_out"]) == 2
@@ -97,9 +102,8 @@ def test_blocks_by_themselves_come_nearer_to_the_float_ones(tiny_llama, tmp_path
     assert told["trained_steps"] == 60
 
 
-def test_what_is_no_gain_is_not_kept(tiny_llama, tmp_path, text, monkeypatch):
-    monkeypatch.setattr(qat, "LATENT_RATE", 5.0)
-    trained = quantize(request(tiny_llama, tmp_path / "a", text))
+def test_what_is_no_gain_is_not_kept(tiny_llama, tmp_path, text):
+    trained = quantize(request(tiny_llama, tmp_path / "a", text, training=QatOptions(steps=30, rate=0.9)))
     plain = quantize(
         request(tiny_llama, tmp_path / "b", text, method="rtn", training=None, calib=None, calib_tokens=None)
     )
@@ -218,6 +222,7 @@ def indices(out: Path) -> list[Path]:
         ({"method": "qat", "training": QatOptions(cross_entropy=2.0)}, "cross entropy"),
         ({"method": "qat", "training": QatOptions(cross_entropy=0.5, by_block=True)}, "no tokens"),
         ({"method": "qat", "training": QatOptions(precision="fp8")}, "no precision"),
+        ({"method": "qat", "training": QatOptions(rate=0.0)}, "a rate of 0"),
         ({"method": "qat+gptq"}, "qat"),
     ],
 )

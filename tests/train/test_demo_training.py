@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import LlamaForCausalLM
 from llmopt import demo
 from llmopt.demo.tokenizer import learn
 from llmopt.train.demo import Settings, evaluate, new_model, train
+from llmopt.train.settings import Precision
 
 QUICK = Settings(
     steps=8, tokens_per_step=512, window=128, long_share=0.0, warmup_steps=2, tokenizer_documents=200,
@@ -71,3 +73,11 @@ def test_every_group_size_divides_the_model():
     model = new_model(learn(story.text for story in demo.documents("train", 50)))
     sizes = {size for parameter in model.parameters() if parameter.ndim == 2 for size in parameter.shape[1:]}
     assert all(size % 128 == 0 for size in sizes)
+
+
+@pytest.mark.slow
+def test_fp16_comes_to_the_loss_of_fp32_within_a_hundredth(tmp_path):
+    small = replace(QUICK, tokens_per_step=128, window=64)
+    full, half = (train(replace(small, precision=one), tmp_path / one) for one in (Precision.FP32, Precision.FP16))
+    assert full["perplexity"] < 0.9 * 1536
+    assert math.log(half["perplexity"]) == pytest.approx(math.log(full["perplexity"]), rel=0.01)

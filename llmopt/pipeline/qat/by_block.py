@@ -69,7 +69,7 @@ def train_by_block(run: Run, states: Callable[[], States], embedding: Part, bloc
         loss = BlockLoss(run.learning_block(block, part.weights), entering, exact, places, turn)
         trainer = Trainer(
             loss,
-            [optimizer(learned_by([loss.module]))],
+            [optimizer(learned_by([loss.module]), run.options.rate)],
             partial(run.text.batches, windows=run.options.batch, ranks=run.ranks.size, seed=run.seed + block.index),
             run.settings(blocks=len(spec.blocks), left=len(spec.blocks) - block.index),
             evaluate=partial(mean_loss, loss, run.text.held_out()),

@@ -27,8 +27,8 @@ from llmopt.train.checkpoint import Checkpoints
 from llmopt.train.loop import Trainer
 from llmopt.train.settings import Precision, Settings
 
-# Rates: of latents, in codes; of step sizes, as a part of themselves; of thin matrices, whose product is in codes.
-LATENT_RATE, STEP_RATE, LOW_RANK_RATE = 5e-3, 1e-3, 5e-3
+# The rate of step sizes, a part of themselves, to that of latents, in codes; thin matrices have that of latents.
+STEP_SHARE = 0.2
 BETAS = (0.9, 0.99)
 EPSILON = 1e-15  # gradients by single weights are that small
 EVALUATIONS = 8
@@ -103,7 +103,7 @@ def train_whole(run: Run, embedding: Part, blocks: list[Part], head: Part) -> Tr
 
     trainer = Trainer(
         model,
-        [optimizer(list(learned_by(learning)))],
+        [optimizer(learned_by(learning), run.options.rate)],
         partial(run.text.batches, windows=run.options.batch, ranks=run.ranks.size, seed=run.seed),
         run.settings(),
         evaluate=partial(mean_loss, model, run.text.held_out()),
@@ -130,14 +130,9 @@ def learned_by(blocks: Sequence[LearningBlock]) -> Sequence[FakeQuantizedWeight]
     return [weight for block in blocks for weight in block.learned().values()]
 
 
-def optimizer(weights: Sequence[FakeQuantizedWeight]) -> torch.optim.Optimizer:
+def optimizer(weights: Sequence[FakeQuantizedWeight], rate: float) -> torch.optim.Optimizer:
     """Adam, with a rate for each kind of parameter."""
-    rates = {
-        "latent_OGS": LATENT_RATE,
-        "ratio_OG1": STEP_RATE,
-        "read_RI": LOW_RANK_RATE,
-        "write_OR": LOW_RANK_RATE,
-    }
+    rates = {"latent_OGS": rate, "ratio_OG1": STEP_SHARE * rate, "read_RI": rate, "write_OR": rate}
     named = [(name, parameter) for weight in weights for name, parameter in weight.named_parameters()]
     groups = [
         {"params": [parameter for other, parameter in named if other == name], "lr": rate}
