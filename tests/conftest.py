@@ -48,12 +48,14 @@ def _clean_environment(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture(autouse=True)
-def _all_kernels_are_equally_fast(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def _all_kernels_are_equally_fast():
     """No test depends on what else the machine is doing; a test of choices says itself what is fast."""
     from llmopt.measure import interleaved
 
-    monkeypatch.setattr(interleaved, "fastest_ms", lambda calls, budget_s: [1.0] * len(calls))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interleaved, "fastest_ms", lambda calls, budget_s: [1.0] * len(calls))
+        yield
 
 
 @pytest.fixture(scope="session")
