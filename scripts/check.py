@@ -24,6 +24,8 @@ RECIPES = {
     "recipes/ci-gate.yaml": 0,
     "recipes/cast-cpu.yaml": 0,
     "recipes/cast-gpu.yaml": 0,
+    "recipes/int4-qat.yaml": 0,
+    "recipes/int8-qat.yaml": 0,
 }
 
 
