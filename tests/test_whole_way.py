@@ -610,7 +610,19 @@ class TestGenerate:
 
 def test_help_lists_what_there_is():
     ended = subprocess.run([sys.executable, "-m", "llmopt", "--help"], capture_output=True, text=True, check=True)
-    commands = "demo inspect quantize cast probe partition launch bench run generate recipe".split()
+    commands = [
+        "demo",
+        "inspect",
+        "quantize",
+        "cast",
+        "probe",
+        "partition",
+        "launch",
+        "bench",
+        "run",
+        "generate",
+        "recipe",
+    ]
     listed = ended.stdout.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in listed] == commands
 
