@@ -36,6 +36,24 @@ def python(*arguments: str) -> int:
     return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode
 
 
+def run_tests() -> int:
+    """Run the tests, most of which compute in one thread, in two processes; and those that start processes behind them.
+
+    What the second process says is shown when it has ended.
+    """
+    pipeline, processes = "tests/pipeline", ("tests/pipeline/launching", "tests/pipeline/probing")
+    command = [sys.executable, "-m", "pytest", pipeline, *(f"--ignore={path}" for path in processes)]
+    with tempfile.TemporaryFile() as said:
+        beside = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            code = python("pytest", f"--ignore={pipeline}")
+        finally:
+            code_beside = beside.wait()
+        said.seek(0)
+        print("$", *command[1:], said.read().decode(errors="replace"), sep=" ", flush=True)
+    return code or code_beside or python("pytest", *processes)
+
+
 def run_recipes() -> int:
     """Run every recipe on the embedded model: 0 when each ends with the code that it should."""
     unlisted = {str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/*.yaml")} - set(RECIPES)
@@ -56,7 +74,7 @@ CHECKS: Mapping[str, Callable[[], int]] = {
     "format": lambda: python("ruff", "format", "--check"),
     "lint": lambda: python("ruff", "check"),
     "types": lambda: python("mypy"),
-    "tests": lambda: python("pytest"),
+    "tests": run_tests,
     "real": lambda: python("pytest", "--real"),
     "recipes": run_recipes,
 }
