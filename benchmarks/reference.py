@@ -23,11 +23,16 @@ ARTIFACTS = {
 }
 
 
+METHODS = {
+    "w4a16": ("search", "gptq", "reconstruct"),
+    "w4a16-sym": ("search", "gptq", "awq", "rotate", "awq+gptq", "rotate+gptq", "auto"),
+    # The search is for fewer bits; folds are for the activations.
+    "w8a8": ("gptq", "smoothquant+gptq", "awq+gptq", "rotate+gptq"),
+}
 CALIBRATED = {
     f"{scheme}-{method}": ["--scheme", scheme, "--method", method]
-    for scheme in ("w4a16", "w4a16-sym", "w8a8")
-    for method in ("search", "gptq")
-    if (scheme, method) != ("w8a8", "search")  # the search is for 4 bits
+    for scheme, methods in METHODS.items()
+    for method in methods
 }
 
 
