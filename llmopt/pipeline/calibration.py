@@ -11,19 +11,14 @@ Of several processes each has some of the windows, and they add up what they fin
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llmopt.calibrate.text import Corpus
-from llmopt.calibrate.windows import windows
 from llmopt.engine.base import TokenIds
-from llmopt.engine.blocks import Apply, RotaryTables, activated, block_forward, embed, head_inputs, mixed, normalize
-from llmopt.errors import LlmoptError, UsageError
-from llmopt.model.rotary import longest_sequence
+from llmopt.engine.blocks import RotaryTables, activated, block_forward, embed, head_inputs, mixed, normalize
 from llmopt.model.spec import Block, Linear, ModelSpec, Norm, TensorSpec
-from llmopt.model.tokenizer import Tokenizer
-from llmopt.pipeline.finite import OVERFLOW_HINT
+from llmopt.pipeline.calibration_text import is_held_out, require_tokens
+from llmopt.pipeline.moments import BlockSampler, Moment, Sampler
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.spill import States
 from llmopt.quantize.execute import round_rows
@@ -36,194 +31,9 @@ Weights = dict[str, Tensor | QuantizedWeight]
 QuantizeGroup = Callable[[Sequence[Linear], InputStatistics], None]
 
 
-CALIBRATION_TOKENS = 64 * 512
-WINDOW = 512
-PANELS, MIN_PANEL = 4, 64
 KEPT_BYTES = 2**28  # of what enters the widest products; more is computed twice
 SAMPLED_TOKENS = 512
 HEAD_TOKENS = 8192
-TINY = torch.finfo(torch.float32).tiny
-HELD_OUT = 8  # of so many windows the first is not fitted to, where something is to be judged
-CONTEXT = 8  # tokens by which a token and those before it are told from others
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationText:
-    """What is calibrated on: at most `tokens` tokens of a text."""
-
-    corpus: Corpus
-    tokens: int
-
-    def entry(self) -> dict[str, str | int]:
-        """As manifests and reports name it."""
-        return {"text": self.corpus.name, "sha256": self.corpus.sha256, "tokens": self.tokens, "window": WINDOW}
-
-    def windows(self, spec: ModelSpec, tokenizer: Tokenizer) -> list[TokenIds]:
-        """The text in the model's tokens."""
-        found = windows(self.corpus, tokenizer, min(WINDOW, longest_sequence(spec)), self.tokens)
-        # A tokenizer may know more tokens than the model has rows.
-        return [np.minimum(ids, spec.vocab_size - 1) for ids in found.ids]
-
-
-class Bounded:
-    """Makes tokens whose inputs are larger than those of the median token just as large.
-
-    The first token of a text, and a few others, have activations hundreds of times as large as the rest (Sun et al.
-    2024, "Massive Activations in Large Language Models", arXiv 2402.17762). Squared they would be most of every sum,
-    and weights would be fitted to them alone, though the norm behind takes their size away.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.typical = 0.0  # squared size, of the median token in the first window that has any
-        self.is_agreed = False
-
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        """The inputs of some tokens, [tokens, in], none of them larger than a typical one."""
-        square_N = x_NI.square().sum(-1)
-        if self.typical == 0:
-            self.agree(float(square_N.median()) or float(square_N.mean()))
-        return x_NI * (self.typical / square_N.clamp_min(TINY)).clamp_max_(1).sqrt_()[:, None]
-
-    def agree(self, typical: float = 0.0) -> None:
-        """Take the size that the first process found which found any; asked once, when each has seen a window."""
-        if not self.is_agreed:
-            self.is_agreed = True
-            typical = next(filter(None, self.ranks.gather(typical)), 0.0)
-        self.typical = typical
-
-
-class Moment:
-    """The second moment of inputs that come window by window, bounded.
-
-    It is symmetric, and products of panels that lie above the diagonal are not computed: 5/8 of the work with 4 panels.
-    """
-
-    def __init__(self, width: int, ranks: Ranks = ALONE, bounded: Bounded | None = None) -> None:
-        self.ranks = ranks
-        self.sum_II = torch.zeros((width, width))  # below the diagonal, and a little above it
-        self.tokens = 0
-        self.bounded = bounded or Bounded(ranks)
-        self.panel = max(MIN_PANEL, -(-width // PANELS))
-
-    def add(self, x_BTI: Tensor) -> None:
-        """Add Σ x xᵀ over all tokens."""
-        x_NI = self.bounded(x_BTI.flatten(0, -2))
-        for start in range(0, x_NI.shape[1], self.panel):
-            stop = start + self.panel
-            self.sum_II[start:, start:stop].addmm_(x_NI[:, start:].T, x_NI[:, start:stop])
-        self.tokens += len(x_NI)
-
-    def statistics(self, name: str) -> InputStatistics:
-        """The mean, over the tokens of all processes.
-
-        Raises:
-            LlmoptError: the inputs of the linear of that name are not finite, or there were none.
-        """
-        if not self.bounded.is_agreed:  # this process had no window of those that were looked at
-            self.bounded.agree()
-        self.ranks.add_up(self.sum_II)
-        tokens = sum(self.ranks.gather(self.tokens))
-        if tokens == 0:
-            hint = "give more text with --calib, or --ignore the linear"
-            raise LlmoptError("no token of the calibration text reached a linear", where=name, hint=hint)
-        if not bool(self.sum_II.isfinite().all()):
-            what = "in calibration the inputs of a linear are NaN or infinite, or their squares are"
-            raise LlmoptError(what, where=name, hint=OVERFLOW_HINT)
-        lower_II = self.sum_II.tril().div_(tokens)
-        return InputStatistics(tokens=tokens, second_moment_II=lower_II + lower_II.tril(-1).T)
-
-
-class Sampler:
-    """Every so many of the inputs that come window by window, bounded; `seen` of them other processes have before."""
-
-    def __init__(self, stride: int, seen: int, ranks: Ranks) -> None:
-        self.stride = stride
-        self.seen = seen
-        self.ranks = ranks
-        self.bounded = Bounded(ranks)
-        self.rows: list[Tensor] = []
-        self.largest_I = torch.zeros(())
-
-    def add(self, x_BTI: Tensor) -> None:
-        """Look at some more."""
-        x_NI = self.bounded(x_BTI.flatten(0, -2))
-        self.rows.append(x_NI[-self.seen % self.stride :: self.stride].clone())
-        self.largest_I = torch.maximum(self.largest_I, x_NI.abs().amax(0))
-        self.seen += len(x_NI)
-
-    def sample(self) -> InputSample:
-        """What all processes kept."""
-        found = self.ranks.gather((torch.cat(self.rows), self.largest_I))
-        return InputSample(
-            tokens_NI=torch.cat([tokens_NI for tokens_NI, _ in found]),
-            largest_I=torch.stack([largest_I for _, largest_I in found]).amax(0),
-        )
-
-
-class BlockSampler:
-    """Samples what enters the linears of a block, by the name of the first that reads it."""
-
-    def __init__(self, block: Block, apply: Apply, sampler: Callable[[], Sampler]) -> None:
-        readers = (block.attention.inputs[0], block.attention.output, block.mlp.inputs[0], block.mlp.down)
-        self.samplers = {linear.name: sampler() for linear in readers}
-        self.inner = apply
-
-    def apply(self, linear: Linear, x: Tensor) -> Tensor:
-        """What a linear gives, by the `apply` that was given."""
-        if linear.name in self.samplers:
-            self.samplers[linear.name].add(x)
-        return self.inner(linear, x)
-
-    def samples(self) -> dict[str, InputSample]:
-        """What all processes kept."""
-        return {name: sampler.sample() for name, sampler in self.samplers.items()}
-
-
-def is_held_out(place: int) -> bool:
-    """Whether the window at some place among all is one that nothing is fitted to, where something is to be judged."""
-    return place % HELD_OUT == 0
-
-
-def require_tokens(
-    spec: ModelSpec, windows: Sequence[TokenIds], ranks: Ranks = ALONE, *, holds_out: bool = False
-) -> int:
-    """See that there are as many tokens that are not just repeated as the widest linear has inputs, and a window for
-    each process.
-
-    Gives how many tokens there are, with those that are held out, which do not count for this.
-
-    Raises:
-        UsageError: there are fewer, which would leave its second moment singular, or a process without work.
-    """
-    if len(windows) < ranks.size:
-        raise UsageError(
-            f"{len(windows)} windows to calibrate on, and {ranks.size} processes to divide them among",
-            hint="start fewer processes, or give more text with --calib-tokens or --calib",
-        )
-    fitted = [ids for index, ids in enumerate(windows) if not (holds_out and is_held_out(index))]
-    tokens = sum(map(len, fitted))
-    widest = max(spec.linears(), key=lambda linear: linear.in_features)
-    if tokens < widest.in_features:
-        raise UsageError(
-            f"{tokens} tokens to calibrate on{', beside those held out' * holds_out}, and {widest.name} has "
-            f"{widest.in_features} inputs",
-            hint="give more text with --calib, or more of it with --calib-tokens",
-        )
-    different = different_tokens(fitted)
-    if different < widest.in_features:
-        raise UsageError(
-            f"the text to calibrate on repeats itself: of its {tokens} tokens {different} differ, in themselves or in "
-            f"the {CONTEXT - 1} before them, and {widest.name} has {widest.in_features} inputs",
-            hint="give text like what the model will read with --calib",
-        )
-    return sum(map(len, windows))
-
-
-def different_tokens(windows: Sequence[TokenIds]) -> int:
-    """How many tokens differ, in themselves or in those before them: repeated ones put the same into a linear again."""
-    contexts = [np.lib.stride_tricks.sliding_window_view(np.pad(ids, (CONTEXT - 1, 0)), CONTEXT) for ids in windows]
-    return len(np.unique(np.concatenate(contexts), axis=0))
 
 
 @dataclass

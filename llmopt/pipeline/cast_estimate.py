@@ -2,7 +2,7 @@
 
 from llmopt.measure.memory import resident_bytes
 from llmopt.model.spec import ModelSpec
-from llmopt.pipeline.calibration import WINDOW
+from llmopt.pipeline.calibration_text import WINDOW
 from llmopt.pipeline.estimate import LOGITS, PROGRAM_BYTES, SCORES, Estimate
 from llmopt.pipeline.formats.cast import CastFormat
 from llmopt.pipeline.spill import limit_bytes

@@ -12,7 +12,7 @@ from llmopt.engine.base import TokenIds
 from llmopt.export.opening import CAST
 from llmopt.measure.host import versions
 from llmopt.model.source import ModelSource, open_source
-from llmopt.pipeline.calibration import WINDOW, CalibrationText
+from llmopt.pipeline.calibration_text import WINDOW, CalibrationText
 from llmopt.pipeline.cast_estimate import estimate_cast
 from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.formats.cast import CastFormat, find_cast_format

@@ -6,7 +6,7 @@ import torch
 
 from llmopt.artifact import Journal
 from llmopt.calibrate.text import built_in
-from llmopt.pipeline.calibration import CalibrationText
+from llmopt.pipeline.calibration_text import CalibrationText
 from llmopt.pipeline.cast_request import SCANNED_TOKENS
 from llmopt.pipeline.formats.hf import Hf
 from llmopt.pipeline.prepare import Prepared

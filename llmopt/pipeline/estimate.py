@@ -15,7 +15,8 @@ from llmopt.artifact import check_free_disk, journal_bytes
 from llmopt.errors import ResourceError
 from llmopt.measure.memory import available_bytes, resident_bytes
 from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
-from llmopt.pipeline.calibration import KEPT_BYTES, WINDOW
+from llmopt.pipeline.calibration import KEPT_BYTES
+from llmopt.pipeline.calibration_text import WINDOW
 from llmopt.pipeline.formats.base import Assignments, Format
 from llmopt.pipeline.parts import CHUNK_WEIGHTS
 from llmopt.pipeline.qat.data import AT_ONCE

@@ -12,7 +12,8 @@ from llmopt.model.source import GENERATION_CONFIG, ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.model.turned import TurnedTensors, turned_spec
-from llmopt.pipeline.calibration import Calibration, CalibrationText
+from llmopt.pipeline.calibration import Calibration
+from llmopt.pipeline.calibration_text import CalibrationText
 from llmopt.pipeline.formats.base import Format
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.journal import PartJournal

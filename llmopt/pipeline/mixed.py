@@ -21,7 +21,7 @@ from llmopt.model.source import ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.model.storage import float_bytes
 from llmopt.model.tokenizer import Tokenizer
-from llmopt.pipeline.calibration import CalibrationText
+from llmopt.pipeline.calibration_text import CalibrationText
 from llmopt.pipeline.heldout import HeldOutLoss, measure_loss
 from llmopt.pipeline.sensitivity import Losses, Sensitivity
 from llmopt.precision.allocate import Option

@@ -12,7 +12,7 @@ from llmopt.model.source import ModelSource, open_source
 from llmopt.model.spec import ModelSpec
 from llmopt.model.turned import turned_spec
 from llmopt.pipeline.basis import NOT_TURNED, why_not
-from llmopt.pipeline.calibration import CalibrationText, require_tokens
+from llmopt.pipeline.calibration_text import CalibrationText, require_tokens
 from llmopt.pipeline.estimate import Estimate, Work
 from llmopt.pipeline.formats.base import Assignments, Format
 from llmopt.pipeline.formats.hf import HF

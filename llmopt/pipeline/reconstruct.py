@@ -16,7 +16,9 @@ from torch import Tensor
 
 from llmopt.engine.blocks import block_forward, embed
 from llmopt.model.spec import Block, Linear
-from llmopt.pipeline.calibration import TINY, Calibration, Weights, is_held_out
+from llmopt.pipeline.calibration import Calibration, Weights
+from llmopt.pipeline.calibration_text import is_held_out
+from llmopt.pipeline.moments import TINY
 from llmopt.pipeline.spill import States
 from llmopt.quantize.execute import round_rows
 from llmopt.quantize.grid import ANY_SCALE, ScaleRule

@@ -7,7 +7,7 @@ from llmopt.artifact import Resume
 from llmopt.calibrate.load import TO_FIT, load_text
 from llmopt.calibrate.text import Corpus, built_in
 from llmopt.errors import UsageError
-from llmopt.pipeline.calibration import CALIBRATION_TOKENS, CalibrationText
+from llmopt.pipeline.calibration_text import CALIBRATION_TOKENS, CalibrationText
 from llmopt.pipeline.formats.hf import HF
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.qat.options import QatOptions

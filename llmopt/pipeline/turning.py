@@ -20,9 +20,10 @@ from llmopt.model.checkpoint import Tensors, open_checkpoint
 from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 from llmopt.model.turned import TurnedTensors, turned
 from llmopt.pipeline.basis import Basis
-from llmopt.pipeline.calibration import SAMPLED_TOKENS, TINY, BlockSampler, Sampler
+from llmopt.pipeline.calibration import SAMPLED_TOKENS
 from llmopt.pipeline.formats.base import Assignments
 from llmopt.pipeline.journal import choice_name
+from llmopt.pipeline.moments import TINY, BlockSampler, Sampler
 from llmopt.pipeline.parts import CHUNK_WEIGHTS, EXACT_BITS
 from llmopt.pipeline.prepare import Prepared
 from llmopt.pipeline.ranks import ALONE

@@ -13,8 +13,10 @@ from llmopt.engine.blocks import normalize
 from llmopt.errors import UsageError
 from llmopt.model.spec import ModelSpec
 from llmopt.pipeline import parts as parts_module
-from llmopt.pipeline.calibration import Bounded, Calibration, require_tokens
+from llmopt.pipeline.calibration import Calibration
+from llmopt.pipeline.calibration_text import require_tokens
 from llmopt.pipeline.journal import Part, PartJournal, part_to_bytes
+from llmopt.pipeline.moments import Bounded
 from llmopt.pipeline.pace import NO_TIME_TO_FIT, NO_TIME_TO_LEARN, Pace
 from llmopt.pipeline.parts import CHOSEN, PartReader
 from llmopt.pipeline.ranks import ALONE, Ranks

@@ -11,7 +11,9 @@ from llmopt.calibrate.text import Corpus
 from llmopt.engine.blocks import RotaryTables, block_forward, embed, normalize
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.model.spec import Linear, ModelSpec
-from llmopt.pipeline.calibration import Calibration, CalibrationText, Moment
+from llmopt.pipeline.calibration import Calibration
+from llmopt.pipeline.calibration_text import CalibrationText
+from llmopt.pipeline.moments import Moment
 from llmopt.pipeline.parts import PartReader
 from llmopt.quantize.execute import quantized_apply
 from llmopt.quantize.gptq import Gptq

@@ -7,7 +7,8 @@ import torch
 from llmopt.artifact import Manifest, Source
 from llmopt.errors import UsageError
 from llmopt.pipeline import calibration as calibration_module
-from llmopt.pipeline.calibration import Calibration, Moment
+from llmopt.pipeline.calibration import Calibration
+from llmopt.pipeline.moments import Moment
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.quantize import require_same_work
 from llmopt.pipeline.ranks import ALONE, Ranks, place, processes_here

@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM
 
 from llmopt.engine.ort import OrtEngine
 from llmopt.errors import LlmoptError, ModelError, UsageError
-from llmopt.pipeline.calibration import Moment, different_tokens
+from llmopt.pipeline.calibration_text import different_tokens
+from llmopt.pipeline.moments import Moment
 from llmopt.pipeline.quantize import quantize
 from llmopt.pipeline.request import QuantizeRequest
 from llmopt.quantize.scheme import parse_scheme

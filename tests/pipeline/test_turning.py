@@ -21,9 +21,10 @@ from llmopt.model.spec import ModelSpec
 from llmopt.model.turned import TurnedTensors
 from llmopt.pipeline import turning
 from llmopt.pipeline.basis import why_not
-from llmopt.pipeline.calibration import Bounded, Calibration
+from llmopt.pipeline.calibration import Calibration
 from llmopt.pipeline.export import Export, export
 from llmopt.pipeline.formats.registry import FORMATS
+from llmopt.pipeline.moments import Bounded
 from llmopt.pipeline.parts import PartReader
 from llmopt.pipeline.prepare import prepare
 from llmopt.pipeline.quantize import QuantizeResult, quantize

@@ -13,7 +13,7 @@ from llmopt.errors import UsageError
 from llmopt.model.rotary import longest_sequence
 from llmopt.model.spec import ModelSpec
 from llmopt.model.tokenizer import Tokenizer
-from llmopt.pipeline.calibration import WINDOW
+from llmopt.pipeline.calibration_text import WINDOW
 
 HELD_OUT_WINDOWS = 8  # at most, and an eighth of all
 AT_ONCE = 2  # windows that go through the model together
