@@ -90,11 +90,12 @@ def notes_on(activations: Activations | None) -> tuple[str, ...]:
 
 
 def layers_of(node: str, spec: ModelSpec) -> list[str]:
-    """The linears that a product of the graph computes: itself, or queries, keys and values at once."""
+    """The linears that a product of the graph computes: itself, or all that read one input at once."""
     for block in spec.blocks:
-        names = [linear.name for linear in block.attention.inputs]
-        if node == f"{names[0].rpartition('.')[0]}.qkv_proj":
-            return names
+        for inputs, together in ((block.attention.inputs, "qkv_proj"), (block.mlp.inputs, "gate_up_proj")):
+            names = [linear.name for linear in inputs]
+            if node == f"{names[0].rpartition('.')[0]}.{together}":
+                return names
     return [node]
 
 

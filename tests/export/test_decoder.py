@@ -146,12 +146,13 @@ def test_every_product_is_of_the_kind_that_its_scheme_asks_for(written: Written)
 
 
 def expected_kinds(spec: ModelSpec, scheme_of: SchemeOf) -> list[str]:
-    """One a product: q, k and v are one product where they agree."""
+    """One a product: q, k and v are one product where they agree, and gate and up where only weights are rounded."""
     schemes = []
     for block in spec.blocks:
-        queries = [scheme_of(linear.name) for linear in block.attention.inputs]
+        queries, gates = ([scheme_of(linear.name) for linear in part.inputs] for part in (block.attention, block.mlp))
         schemes += queries[:1] if len(set(queries)) == 1 else queries
-        schemes += [scheme_of(linear.name) for linear in (block.attention.output, *block.mlp.inputs, block.mlp.down)]
+        schemes += gates[:1] if len(set(gates)) == 1 and gates[0] not in {None, "w8a8"} else gates
+        schemes += [scheme_of(linear.name) for linear in (block.attention.output, block.mlp.down)]
     schemes.append(scheme_of(spec.embedding.name if spec.tied else spec.head.name))
     return ["float" if scheme is None else "int8" if scheme == "w8a8" else scheme[:2] for scheme in schemes]
 

@@ -17,7 +17,7 @@ from llmopt.export.onnx.attention import AttentionWriter, require_heads
 from llmopt.export.onnx.embedding import emit_embedding, emit_tied_head
 from llmopt.export.onnx.graph import MICROSOFT, Graph
 from llmopt.export.onnx.kernels import Choose, default_kernel
-from llmopt.export.onnx.linear import emit
+from llmopt.export.onnx.linear import emit, emit_apart
 from llmopt.export.onnx.norm import emit_norm, emit_sum_and_norm
 from llmopt.export.onnx.one_token import add_short_ways
 from llmopt.export.onnx.positions import Positions
@@ -85,7 +85,8 @@ class DecoderGraph:
 
     def _mlp(self, mlp: Mlp, x: str, weights: Weights) -> str:
         graph, scope = self.graph, mlp.down.name.rpartition(".")[0]
-        outputs = [emit(graph, x, product(linear, weights)) for linear in mlp.inputs]
+        products = [product(linear, weights) for linear in mlp.inputs]
+        outputs = emit_apart(graph, x, f"{scope}.gate_up_proj", products)
         if mlp.gated and len(outputs) == 1:
             halves = [f"{scope}.split/gate", f"{scope}.split/up"]
             graph.node("Split", outputs, f"{scope}.split", outputs=halves, axis=-1, num_outputs=2)

@@ -44,8 +44,9 @@ def int8_product(graph: Graph, x: str, name: str, tensors: tuple[str, ...]) -> s
     product = graph.node("MatMulIntegerToFloat", inputs, f"{name}/integers", domain=MICROSOFT)
     # z Σ W, an outer product, taken off in the same pass.
     shifted = graph.node("Gemm", [zero, sums, product], f"{name}/shifted", alpha=-1.0)
-    scaled = graph.node("Mul", [shifted, step], f"{name}/scaled")
-    return graph.node("Reshape", [scaled, output_shape(graph, x, graph.tensors[codes].dims[1])], name)
+    # What is given back is computed, not reshaped: a branch would copy a view of something else to make it its output.
+    shaped = graph.node("Reshape", [shifted, output_shape(graph, x, graph.tensors[codes].dims[1])], f"{name}/shaped")
+    return graph.node("Mul", [shaped, steps_of_tokens(graph, x, step)], name)
 
 
 def int8_rows(graph: Graph, x: str) -> tuple[str, str, str]:
@@ -70,6 +71,14 @@ def int8_rows(graph: Graph, x: str) -> tuple[str, str, str]:
         of_tokens = [graph.node("Squeeze", [column, last], f"{column}/of_tokens") for column in (step, zero_code)]
         graph.node("QuantizeLinear", [flat, *of_tokens], f"{x}/quantize", outputs=[codes], axis=0)
     return codes, step, zero
+
+
+def steps_of_tokens(graph: Graph, x: str, step: str) -> str:
+    """The steps as [batch, tokens, 1]."""
+    name = f"{step}/of_batch"
+    if name not in graph.values:
+        graph.node("Reshape", [step, output_shape(graph, x, 1)], name, outputs=[name])
+    return name
 
 
 def output_shape(graph: Graph, x: str, channels: int) -> str:

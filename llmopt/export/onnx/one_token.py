@@ -55,7 +55,7 @@ def add_short_ways(graph: Graph) -> None:
             continue
         unknown.update(group_of[node.name].outputs)
         if group := last_of.get(node.name):
-            tokens = group.nodes[-1].input[1].rpartition("/")[0]
+            tokens = _shape_of_tokens(group)
             if tokens not in conditions:
                 conditions[tokens] = _is_one(graph, tokens)
                 ordered += conditions[tokens]
@@ -98,14 +98,21 @@ def _groups(nodes: Iterable[NodeProto]) -> list[_Group]:
 
 
 def _behind(end: NodeProto, x: str, made_by: dict[str, NodeProto]) -> list[NodeProto]:
-    """All nodes between x and the Reshape that ends a product, but not those that find its shape."""
-    found, todo = [end], [end.input[0]]
+    """All nodes between x and the one that ends a product, but not those that find its shape."""
+    found: list[NodeProto] = []
+    todo = [end]
     while todo:
-        name = todo.pop()
-        if name != x and name in made_by:
-            found.append(made_by[name])
-            todo += made_by[name].input
+        node = todo.pop()
+        found.append(node)
+        read = node.input[:1] if node.op_type == "Reshape" else node.input
+        todo += [made_by[name] for name in read if name != x and name in made_by]
     return found
+
+
+def _shape_of_tokens(group: _Group) -> str:
+    """The value [batch, tokens] that shapes in the group are made of."""
+    shape = next(node.input[1] for node in group.nodes if node.op_type == "Reshape")
+    return shape.rpartition("/")[0]
 
 
 def _weight_bytes(graph: Graph, group: _Group) -> int:
