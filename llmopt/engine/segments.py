@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, helper
+from onnx import ModelProto, NodeProto, helper
 
 from llmopt.engine.ort import open_session
 
@@ -26,8 +26,11 @@ def run_in_segments(
     """Run a graph whose nodes are in order and whose data lies in `folder`; gives one output for each feed.
 
     Each segment runs on all feeds before the next is opened. What later ones read is kept until the last of them has.
+    What is computed from tensors alone is in every segment that reads it, a constant there too: MatMulNBits packs its
+    scales together with the weight when a graph is opened, and some of its kernels compute nonsense from others.
     """
-    nodes = list(model.graph.node)
+    constants = constant_nodes(model)
+    nodes = [node for node in model.graph.node if node.output[0] not in constants]
     last_use = {name: place for place, node in enumerate(nodes) for name in node.input if name}
     last_use[output] = len(nodes)
     kept: list[Values] = [dict(feed) for feed in feeds]
@@ -36,7 +39,7 @@ def run_in_segments(
         outputs = [name for node in nodes[start:stop] for name in node.output if last_use.get(name, -1) >= stop]
         if not outputs:  # what only other engines read
             continue
-        part = segment(model, start, stop, kept[0], outputs)
+        part = segment(model, nodes[start:stop], constants, kept[0], outputs)
         session = open_session(part.SerializeToString(), folder, threads)
         inputs = [value.name for value in part.graph.input]
         for values in kept:
@@ -48,9 +51,26 @@ def run_in_segments(
     return [values[output] for values in kept]
 
 
-def segment(model: ModelProto, start: int, stop: int, known: Values, outputs: Sequence[str]) -> ModelProto:
-    """Nodes `start` to `stop` as a graph of their own; it reads what is `known` already."""
-    nodes = model.graph.node[start:stop]
+def constant_nodes(model: ModelProto) -> dict[str, NodeProto]:
+    """The nodes that read tensors of the model and nothing else, by their output."""
+    tensors = {tensor.name for tensor in model.graph.initializer}
+    return {
+        node.output[0]: node
+        for node in model.graph.node
+        if len(node.output) == 1 and node.input and all(name in tensors for name in node.input)
+    }
+
+
+def segment(
+    model: ModelProto,
+    nodes: Sequence[NodeProto],
+    constants: Mapping[str, NodeProto],
+    known: Values,
+    outputs: Sequence[str],
+) -> ModelProto:
+    """Some nodes as a graph of their own, with the constants that they need; it reads what is `known` already."""
+    needed = dict.fromkeys(name for node in nodes for name in node.input if name in constants)
+    nodes = [*(constants[name] for name in needed), *nodes]
     read = dict.fromkeys(name for node in nodes for name in node.input)
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(known[name].dtype), None)

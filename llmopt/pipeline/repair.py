@@ -82,6 +82,9 @@ def notes_on(activations: Activations | None) -> tuple[str, ...]:
     if activations is None:
         return ()
     flipped = f"int8 activations inside the kernels flipped {activations.flipped:.1%} of the most likely tokens"
+    if not activations.unrounded and activations.largest_error > STANDS_OUT:
+        worst = f"the worst product loses {activations.largest_error:.0%} of what tells tokens apart"
+        return (f"{flipped}; {worst}, but kernels in float32 for those that stand out flipped no fewer",)
     if not activations.unrounded:
         worst = f"no product stands out: the worst loses {activations.largest_error:.1%} of what tells tokens apart"
         return (f"{flipped}; {worst}",)
