@@ -61,8 +61,8 @@ def quantize(
         typer.Option(
             "--scheme",
             metavar="SCHEME",
-            help="w8a16, w4a16 or w8a8; behind the first two -g32, -g64, -g128 or -channel, and -sym or -asym: "
-            "w4a16-g128-sym.",
+            help="w8a16, w4a16, w2a16 or w8a8; behind the first three -g32, -g64, -g128 or -channel, and -sym or "
+            "-asym: w4a16-g128-sym.",
         ),
     ] = "w8a16",
     budget: Annotated[
