@@ -34,6 +34,7 @@ from llmopt.cli.training import (
     LoraRank,
     Precision,
     Rate,
+    Shard,
     Steps,
     TrainData,
     training_options,
@@ -107,6 +108,7 @@ def quantize(
     by_block: ByBlock = False,
     precision: Precision = None,
     rate: Rate = None,
+    shard: Shard = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -217,7 +219,7 @@ def quantize(
 
     from llmopt.pipeline.request import QuantizeRequest
 
-    training = training_options(train_data, steps, batch, cross_entropy, lora_rank, by_block, precision, rate)
+    training = training_options(train_data, steps, batch, cross_entropy, lora_rank, by_block, precision, rate, shard)
     request = QuantizeRequest(
         model=model,
         output=output,

@@ -1,7 +1,7 @@
 """Codes as the bytes that kernels read.
 
-MatMulNBits and GatherBlockQuantized take the same bytes: each row cut into blocks, two 4-bit or four 2-bit codes
-a byte, the first in the lowest bits. A row that does not fill its last block is padded with the zero point, which stands for 0.
+MatMulNBits and GatherBlockQuantized take the same bytes: each row cut into blocks, two 4-bit or four 2-bit codes in a
+byte, the first in the lowest bits. A row that does not fill its last block is padded with the zero point, that is 0.
 """
 
 from typing import Any
