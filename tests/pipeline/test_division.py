@@ -1,17 +1,16 @@
 """What training takes is divided where it was asked for, or where memory leaves no other way, and it is said."""
 
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from llmopt.pipeline.prepare import prepare
+from llmopt.pipeline.estimate import Estimate
 from llmopt.pipeline.qat import division
 from llmopt.pipeline.qat.options import QatOptions
-from llmopt.pipeline.request import QuantizeRequest
 from llmopt.progress import Silent
-from llmopt.quantize.scheme import parse_scheme
 
-WIDE = 2**40
+MB = 10**6
+WHOLE, SHARE = 900 * MB, 500 * MB  # what training takes in each of two processes
 
 
 class Heard(Silent):
@@ -24,53 +23,51 @@ class Heard(Silent):
         self.said.append(text)
 
 
+def needed(sharing: int) -> Estimate:
+    return Estimate(
+        resident_bytes=50 * MB,
+        held_bytes=0,
+        steps={"training": WHOLE if sharing == 1 else SHARE},
+        output_bytes=0,
+        journal_bytes=0,
+    )
+
+
 @pytest.fixture
-def decide(tiny_llama, tmp_path, monkeypatch):
-    def found(processes: int, available: int, **options: object) -> tuple[bool, list[str]]:
-        request = QuantizeRequest(
-            model=str(tiny_llama),
-            output=Path(tmp_path / "out"),
-            scheme=parse_scheme("w4a16"),
-            method="rtn+qat",
-            training=QatOptions(**options),  # type: ignore[arg-type]
-        )
-        prepared = prepare(request, Silent())
+def decide(monkeypatch):
+    def found(available: int, processes: int = 2, **options: object) -> tuple[bool, list[str]]:
         monkeypatch.setattr(division, "place", lambda: (0, processes))
         monkeypatch.setattr(division, "processes_here", lambda: processes)
         monkeypatch.setattr(division, "available_bytes", lambda: available)
         heard = Heard()
-        found = division.divides(prepared, heard)
-        whole, shares = (prepared.needed(sharing=count).more_bytes for count in (1, processes))
-        assert shares < whole or processes == 1
-        return found, heard.said
+        prepared = SimpleNamespace(training=SimpleNamespace(options=QatOptions(**options)), needed=needed)
+        return division.divides(prepared, heard), heard.said
 
     return found
 
 
 def test_where_memory_has_room_for_all_of_it_every_process_holds_all(decide):
-    assert decide(2, WIDE) == (False, [])
+    assert decide(2 * WHOLE) == (False, [])
 
 
-def test_where_it_has_room_for_shares_alone_it_is_divided_and_said(decide, tiny_llama, tmp_path):
-    request = QuantizeRequest(
-        model=str(tiny_llama), output=tmp_path / "x", scheme=parse_scheme("w4a16"), method="rtn+qat"
-    )
-    prepared = prepare(request, Silent())
-    whole, shares = (prepared.needed(sharing=count).more_bytes for count in (1, 2))
-    divided, said = decide(2, (whole + shares))
+def test_where_it_has_room_for_shares_alone_it_is_divided_and_said(decide):
+    divided, said = decide(2 * WHOLE - 1)
     assert divided
-    assert "divided among 2 processes" in said[0]
-    assert decide(2, 2 * shares - 1) == (False, [])  # nor for these: the run ends with what it needs
-    assert decide(2, whole + shares, shard=False) == (False, [])
-    assert decide(2, whole + shares, by_block=True) == (False, [])
+    assert said == [
+        "what training takes is divided among 2 processes: each needs about 550 MB of memory, and 950 MB if it held all"
+    ]
+    assert decide(2 * SHARE)[0]
 
 
-def test_it_is_divided_where_that_was_asked_for(decide, monkeypatch):
-    monkeypatch.setattr("llmopt.pipeline.request.place", lambda: (0, 2))
-    divided, said = decide(2, WIDE, shard=True)
-    assert divided
-    assert len(said) == 1
+def test_where_it_has_no_room_for_shares_either_the_run_is_left_to_say_what_it_needs(decide):
+    assert decide(2 * SHARE - 1) == (False, [])
 
 
-def test_one_process_divides_nothing(decide):
-    assert decide(1, 0) == (False, [])
+def test_what_was_asked_for_counts_more_than_memory(decide):
+    assert decide(2 * WHOLE, shard=True)[0]
+    assert decide(2 * SHARE, shard=False) == (False, [])
+
+
+def test_one_process_and_a_block_at_a_time_divide_nothing(decide):
+    assert decide(0, processes=1) == (False, [])
+    assert decide(2 * SHARE, by_block=True) == (False, [])
