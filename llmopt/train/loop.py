@@ -90,7 +90,8 @@ class Trainer:
         self._began = self.clock() - self.state.seconds
         self._saved = self.clock()
         if not self.state.is_over:
-            self._train(replicated(self.model, self.replicas), description)
+            # Gradients of a model that is divided become their mean over all processes anyway.
+            self._train(self.model if self.divided else replicated(self.model, self.replicas), description)
             self._evaluate()
             self.state.is_over = True
             self.state.restore_best(self.model)

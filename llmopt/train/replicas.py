@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
@@ -41,11 +40,8 @@ class Alone:
 
 
 def replicated(model: nn.Module, replicas: Replicas) -> nn.Module:
-    """The model; of several processes, one whose gradients become their mean over all as they are computed.
-
-    Those of a model that was divided among them do so anyway.
-    """
-    if replicas.size == 1 or isinstance(model, FSDPModule):
+    """The model; of several processes, one whose gradients become their mean over all as they are computed."""
+    if replicas.size == 1:
         return model
     return DistributedDataParallel(model)
 
