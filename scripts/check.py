@@ -24,7 +24,7 @@ RECIPES = {
     "recipes/ci-gate.yaml": 0,
     "recipes/cast-cpu.yaml": 0,
     "recipes/cast-gpu.yaml": 0,
-    "recipes/int4-qat.yaml": 0,
+    "recipes/int2-qat.yaml": 0,
     "recipes/int8-qat.yaml": 0,
 }
 

@@ -153,3 +153,27 @@ def test_what_cannot_be_divided_is_refused_and_not_done_twice(command, told, mon
 
 class Two:
     rank, size, is_first = 0, 2, True
+
+
+TRAINED = ("--scheme", "w4a16", "--method", "rtn+qat", "--steps", "12", "--calib-tokens", "4096", "--threads", "1")
+
+
+def test_training_that_is_divided_among_processes_has_the_losses_of_one(tiny_llama, tmp_path):
+    arguments = ["quantize", str(tiny_llama), *TRAINED]
+    assert run(app, [*arguments, "-o", str(tmp_path / "alone")]) == 0
+    command = [*TORCHRUN, *arguments, "-o", str(tmp_path / "shares"), "--shard"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("what training takes is divided among 2 processes: each needs about") == 1
+    alone, shares = (
+        json.loads((tmp_path / name / "report.json").read_text())["settings"]["training"]
+        for name in ("alone", "shares")
+    )
+    losses = [[one["loss"] for one in found["held_out"][0]] for found in (alone, shares)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert alone["best_steps"] == shares["best_steps"] != [0]
+
+
+def test_one_process_has_nobody_to_divide_with(tiny_llama, out, capfd):
+    assert run(app, ["quantize", str(tiny_llama), "-o", str(out), *TRAINED, "--shard"]) == 2
+    assert "nobody to divide" in capfd.readouterr().err

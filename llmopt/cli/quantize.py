@@ -34,6 +34,7 @@ from llmopt.cli.training import (
     LoraRank,
     Precision,
     Rate,
+    Shard,
     Steps,
     TrainData,
     training_options,
@@ -61,8 +62,8 @@ def quantize(
         typer.Option(
             "--scheme",
             metavar="SCHEME",
-            help="w8a16, w4a16 or w8a8; behind the first two -g32, -g64, -g128 or -channel, and -sym or -asym: "
-            "w4a16-g128-sym.",
+            help="w8a16, w4a16, w2a16 or w8a8; behind the first three -g32, -g64, -g128 or -channel, and -sym or "
+            "-asym: w4a16-g128-sym.",
         ),
     ] = "w8a16",
     budget: Annotated[
@@ -107,6 +108,7 @@ def quantize(
     by_block: ByBlock = False,
     precision: Precision = None,
     rate: Rate = None,
+    shard: Shard = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -217,7 +219,7 @@ def quantize(
 
     from llmopt.pipeline.request import QuantizeRequest
 
-    training = training_options(train_data, steps, batch, cross_entropy, lora_rank, by_block, precision, rate)
+    training = training_options(train_data, steps, batch, cross_entropy, lora_rank, by_block, precision, rate, shard)
     request = QuantizeRequest(
         model=model,
         output=output,

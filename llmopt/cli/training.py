@@ -66,6 +66,14 @@ Rate = Annotated[
         "--rate", metavar="R", help="With qat: how far weights go in a step at first, in codes. [default: 0.002]"
     ),
 ]
+Shard = Annotated[
+    bool | None,
+    typer.Option(
+        "--shard/--no-shard",
+        help="With qat, of several processes: divide among them what training takes, so that none holds all of it. "
+        "Default: if memory has no room otherwise.",
+    ),
+]
 
 
 def training_options(
@@ -77,6 +85,7 @@ def training_options(
     by_block: bool,
     precision: str | None,
     rate: float | None,
+    shard: bool | None,
 ) -> "QatOptions | None":
     """What was said of training; None if nothing was."""
     from llmopt.pipeline.qat.options import QatOptions
@@ -90,6 +99,7 @@ def training_options(
         "by_block": by_block or None,
         "precision": precision,
         "rate": rate,
+        "shard": shard,
     }
     given = {name: value for name, value in said.items() if value is not None}
     return QatOptions(**given) if given else None  # type: ignore[arg-type]

@@ -36,6 +36,8 @@ LEARNT_BYTES = 7 * FLOAT
 # A weight while it is trained: its latent, the gradient of that, what Adam remembers, twice, the best so far, as a
 # float and in codes, the gradient of the float; and in the float model. With thin matrices the moving parts are those.
 TRAINED_BYTES, THIN_TRAINED_BYTES = 9 * FLOAT, 5 * FLOAT
+# What of that is divided among processes; the other floats are there for one block alone.
+SHARED_BYTES = 5 * FLOAT
 # What is kept of a token in a block for its gradients: so many values of the width of the model, and of its MLP.
 KEPT_HIDDEN, KEPT_WIDE = 14, 5
 TRAINING = "training"
@@ -132,6 +134,7 @@ class Work:
     candidates: int = 1  # methods that are tried for each linear
     refits: bool = False  # blocks, from the float model's hidden states beside the others
     training: QatOptions | None = None  # of what was quantized
+    sharing: int = 1  # processes that divide what training takes
 
     def estimate(self, output_bytes: int) -> Estimate:
         """The estimate, for this process as it is now, where model files will take so much."""
@@ -184,8 +187,13 @@ class Work:
         ends = sum(tensor.count for tensor in self.spec.tensors()) - sum(map(self._count, blocks))
         tables = 0 if learning else 2 * FLOAT * ends
         logits = 0 if learning else TRAINED_LOGITS * FLOAT * tokens * self.spec.vocab_size
-        moving = THIN_TRAINED_BYTES if options.lora_rank else TRAINED_BYTES
-        return self._held(self.spec.tensors()) + moving * weights + kept + logits + tables
+        outside = self._held(self.spec.tensors()) + logits + tables
+        if self.sharing == 1:
+            return outside + (THIN_TRAINED_BYTES if options.lora_rank else TRAINED_BYTES) * weights + kept
+        # A share of what learns; a block that is whole, and the next, which is on its way; and what enters each block.
+        stays = FLOAT * weights if options.lora_rank else SHARED_BYTES * weights // self.sharing
+        entering = FLOAT * tokens * self.spec.hidden_size * len(blocks)
+        return outside + stays + 2 * TRAINED_BYTES * max(map(self._count, blocks)) + kept // len(blocks) + entering
 
     def _count(self, block: Block) -> int:
         return sum(tensor.count for tensor in block.tensors())

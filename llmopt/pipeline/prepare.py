@@ -28,7 +28,7 @@ from llmopt.pipeline.mixed import (
 from llmopt.pipeline.parts import fits_table
 from llmopt.pipeline.qat.options import QatOptions
 from llmopt.pipeline.qat.training import Training
-from llmopt.pipeline.ranks import ALONE, Ranks
+from llmopt.pipeline.ranks import ALONE, Ranks, place
 from llmopt.pipeline.request import (
     QuantizeRequest,
     calibration_text,
@@ -107,6 +107,13 @@ class Prepared:
         Raises:
             ResourceError: they do not.
         """
+        needed = self.needed()
+        needed.require_room(self.request.output)
+        return needed
+
+    def needed(self, sharing: int | None = None) -> Estimate:
+        """Memory and disk, with what training takes divided among so many processes; None: as was decided."""
+        divided = self.training is not None and self.training.divided
         work = Work(
             spec=self.largest_spec,
             assignments=self.assignments,
@@ -117,10 +124,9 @@ class Prepared:
             refits=self.method.refits_blocks,
             candidates=max(1, len(self.method.candidates)),
             training=None if self.training is None else self.training.options,
+            sharing=sharing or (place()[1] if divided else 1),
         )
-        needed = work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
-        needed.require_room(self.request.output)
-        return needed
+        return work.estimate(self.estimated_bytes + overhead_bytes(self.source.spec))
 
     def manifest(self) -> Manifest:
         """The manifest without its files; its key says whether an artifact is the one that this would write."""

@@ -38,6 +38,7 @@ from llmopt.pipeline.mixed import (
 )
 from llmopt.pipeline.pace import Pace, time_notes
 from llmopt.pipeline.prepare import Prepared, prepare, replanned, with_plan
+from llmopt.pipeline.qat.division import divides
 from llmopt.pipeline.ranks import ALONE, Ranks
 from llmopt.pipeline.repair import notes_on
 from llmopt.pipeline.request import QuantizeRequest
@@ -137,6 +138,8 @@ def write(prepared: Prepared, kept: Journal | None, progress: Progress, ranks: R
     Raises:
         LlmoptError: see `quantize`.
     """
+    if prepared.training is not None:
+        prepared.training.divided = ranks.of_first(partial(divides, prepared, progress))
     needed = prepared.require_room() if ranks.is_first else None
     basis = ranks.of_first(partial(chosen_basis, prepared, kept, progress))
     turn = None if basis is None else basis.seed

@@ -11,7 +11,7 @@ from llmopt.pipeline.calibration_text import CALIBRATION_TOKENS, CalibrationText
 from llmopt.pipeline.formats.hf import HF
 from llmopt.pipeline.formats.onnx import ONNX
 from llmopt.pipeline.qat.options import QatOptions
-from llmopt.pipeline.ranks import Ranks
+from llmopt.pipeline.ranks import Ranks, place
 from llmopt.pipeline.tuning import KERNELS, MEASURED
 from llmopt.precision.budget import Budget
 from llmopt.precision.short import check_dtype
@@ -146,6 +146,11 @@ def require_trainable(request: QuantizeRequest) -> None:
             hint=f"--method {request.method}+{TRAINED}",
         )
     request.training.check()
+    if request.training.shard and place()[1] == 1:
+        raise UsageError(
+            "one process has nobody to divide what training takes with",
+            hint="torchrun --nproc-per-node 2 -m llmopt quantize …, or leave --shard out",
+        )
 
 
 def training_corpus(request: QuantizeRequest, progress: Progress) -> Corpus | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
-from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, without_dead_outliers
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, shrinks_to_try, without_dead_outliers
 from llmopt.quantize.int8 import CENTER, LARGEST_SUM, quantize_rows
 from llmopt.quantize.method import InputStatistics, Method, required
 from llmopt.quantize.scheme import Scheme
@@ -59,7 +59,7 @@ class Gptq:
     def _grid(self, weight_OI: Tensor, scheme: Scheme, importance_I: Tensor) -> "_Grid":
         if scheme.activation_bits == 8:
             return _Grid(scheme, quantize_rows(weight_OI, scheme, self.scales).scales_OG, None)
-        shrinks = [1 - self.clip_range * step / self.clip_steps for step in range(self.clip_steps)]
+        shrinks = shrinks_to_try(scheme, self.clip_range, self.clip_steps)
         return _Grid(scheme, *find_grid(weight_OI, scheme, shrinks, importance_I, self.scales))
 
 

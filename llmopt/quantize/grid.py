@@ -6,6 +6,7 @@ with zeros, which every grid represents exactly.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
 TINY = torch.finfo(torch.float32).tiny
+FEW_BITS, FEW_BITS_RANGE = 4, 0.75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,17 @@ def quantize_to(weight_OI: Tensor, scheme: Scheme, scales_OG: Tensor, zero_point
 def round_to_codes(groups_OGS: Tensor, scales: Tensor, zeros: Tensor | float, levels: int) -> Tensor:
     """Codes as floats: clamp(round(w / scale) + zero, 0, levels - 1)."""
     return groups_OGS.div(scales).round_().add_(zeros).clamp_(0, levels - 1)
+
+
+def shrinks_to_try(scheme: Scheme, clip_range: float, steps: int) -> list[float]:
+    """Ranges to search among, as parts of the full one: from that down to `clip_range` less, in so many steps.
+
+    Of four levels each has a quarter of the weights to stand for, and the best range of a long row ends far within
+    its tails: there it is searched down to a quarter, in steps no larger.
+    """
+    if scheme.bits < FEW_BITS and clip_range < FEW_BITS_RANGE:
+        clip_range, steps = FEW_BITS_RANGE, ceil(steps * FEW_BITS_RANGE / clip_range)
+    return [1 - clip_range * step / steps for step in range(steps)]
 
 
 def find_grid(

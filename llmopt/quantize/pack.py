@@ -1,7 +1,7 @@
 """Codes as the bytes that kernels read.
 
-MatMulNBits and GatherBlockQuantized take the same bytes: each row cut into blocks, two 4-bit codes a byte, low nibble
-first. A row that does not fill its last block is padded with the zero point, which stands for 0.
+MatMulNBits and GatherBlockQuantized take the same bytes: each row cut into blocks, two 4-bit or four 2-bit codes in a
+byte, the first in the lowest bits. A row that does not fill its last block is padded with the zero point, that is 0.
 """
 
 from typing import Any
@@ -29,27 +29,28 @@ def channel_block(columns: int) -> int:
     return next((size for size in CHANNEL_BLOCKS if columns % size == 0), 32)
 
 
-def pack_nibbles(values_RC: Bytes) -> Bytes:
-    """Two 4-bit values a byte, the first in the low nibble; an odd last column is padded with 0."""
-    if values_RC.shape[1] % 2:
-        values_RC = np.pad(values_RC, ((0, 0), (0, 1)))
-    packed: Bytes = values_RC[:, 0::2] | (values_RC[:, 1::2] << np.uint8(4))
+def pack_bytes(values_RC: Bytes, bits: int) -> Bytes:
+    """Values of 2, 4 or 8 bits, as many a byte as it holds, the first in the lowest bits; the last is padded with 0."""
+    in_a_byte = 8 // bits
+    values_RC = np.pad(values_RC, ((0, 0), (0, -values_RC.shape[1] % in_a_byte)))
+    packed: Bytes = values_RC[:, 0::in_a_byte].copy()
+    for place in range(1, in_a_byte):
+        packed |= values_RC[:, place::in_a_byte] << np.uint8(place * bits)
     return packed
 
 
-def unpack_nibbles(packed_RC: Bytes, columns: int) -> Bytes:
-    """The inverse of `pack_nibbles`."""
-    values = np.stack([packed_RC & 15, packed_RC >> 4], axis=-1)
+def unpack_bytes(packed_RC: Bytes, bits: int, columns: int) -> Bytes:
+    """The inverse of `pack_bytes`."""
+    values = np.stack([packed_RC >> shift & (2**bits - 1) for shift in range(0, 8, bits)], axis=-1)
     return values.reshape(len(packed_RC), -1)[:, :columns]
 
 
 def pack_words(values_RC: torch.Tensor, bits: int) -> torch.Tensor:
-    """Values of 4 or 8 bits as int32 [rows, words], the first in the lowest bits; the last word is padded with 0.
+    """Values of 2, 4 or 8 bits as int32 [rows, words], the first in the lowest bits; the last word is padded with 0.
 
     So compressed-tensors and GPTQ checkpoints hold them.
     """
-    values = values_RC.numpy()
-    packed = pack_nibbles(values) if bits == 4 else values
+    packed = pack_bytes(values_RC.numpy(), bits)
     padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
     return torch.from_numpy(np.ascontiguousarray(padded).view("<i4"))
 
@@ -63,8 +64,7 @@ def pack_codes(weight: QuantizedWeight, size: int | None = None) -> Bytes:
         # Each padded code is the zero point of the group that it falls into.
         zeros = zero_points(weight)[:, -1:]
         codes = np.concatenate([codes, np.repeat(zeros, blocks * size - columns, axis=1)], axis=1)
-    packed = pack_nibbles(codes) if weight.scheme.bits == 4 else codes
-    return packed.reshape(rows, blocks, -1)
+    return pack_bytes(codes, weight.scheme.bits).reshape(rows, blocks, -1)
 
 
 def block_scales(weight: QuantizedWeight, size: int | None = None) -> NDArray[np.float32]:
@@ -76,8 +76,7 @@ def block_zero_points(weight: QuantizedWeight, size: int | None = None) -> Bytes
     """One zero point a block, packed like the codes; None where the kernel's own default, 2**(bits - 1), is meant."""
     if weight.zero_points_OG is None:
         return None
-    zeros = _per_block(weight, zero_points(weight), size)
-    return pack_nibbles(zeros) if weight.scheme.bits == 4 else zeros
+    return pack_bytes(_per_block(weight, zero_points(weight), size), weight.scheme.bits)
 
 
 def zero_points(weight: QuantizedWeight) -> Bytes:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to, shrinks_to_try
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.method import InputStatistics, Method
 from llmopt.quantize.scheme import Scheme
@@ -31,6 +31,5 @@ class Rtn:
         """Quantize one weight, [out, in] float32. `inputs` is not used: rounding looks at the weight alone."""
         if scheme.activation_bits == 8:
             return quantize_rows(weight_OI, scheme, self.scales)
-        steps = self.clip_steps if scheme.bits < 8 else 1
-        shrinks = [1 - self.clip_range * step / steps for step in range(steps)]
+        shrinks = shrinks_to_try(scheme, self.clip_range, self.clip_steps if scheme.bits < 8 else 1)
         return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks, rule=self.scales))

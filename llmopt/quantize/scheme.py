@@ -4,7 +4,8 @@ A scheme has one name, which people type and reports print:
 
     w<bits>a<bits>[-g<group size> | -channel][-sym | -asym]
 
-`w4a16` is short for `w4a16-g32-asym`, `w8a16` for `w8a16-g64-sym`, `w8a8` for `w8a8-channel-sym`.
+`w4a16` is short for `w4a16-g32-asym`, `w2a16` for `w2a16-g32-sym`, `w8a16` for `w8a16-g64-sym`, `w8a8` for
+`w8a8-channel-sym`. onnxruntime has no kernel for 3 bits.
 """
 
 import re
@@ -21,6 +22,8 @@ _DEFAULTS: dict[tuple[int, int], tuple[int | None, bool]] = {
     (8, 16): (64, True),
     # Asymmetric groups of 32 lose least at 4 bits, and the int4 kernels take their zero points at no cost in speed.
     (4, 16): (32, False),
+    # Of four codes, a zero point says little that the sign of a scale does not: groups of 32 of a Gaussian err as much.
+    (2, 16): (32, True),
     (8, 8): (CHANNEL, True),
 }
 
@@ -58,7 +61,7 @@ def parse_scheme(text: str) -> Scheme:
     Raises:
         UsageError: it is no scheme's name, or one that has no kernel.
     """
-    hint = "w8a16, w4a16 or w8a8, with -g32, -g64, -g128 or -channel and -sym or -asym behind: w4a16-g128-sym"
+    hint = "w8a16, w4a16, w2a16 or w8a8, with -g32, -g64, -g128 or -channel and -sym or -asym behind: w4a16-g128-sym"
     match = _NAME.fullmatch(text.strip().lower())
     if match is None:
         raise UsageError(f"{text!r} is not a scheme", hint=hint)

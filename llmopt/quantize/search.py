@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to, without_dead_outliers
+from llmopt.quantize.grid import ANY_SCALE, ScaleRule, find_grid, quantize_to, shrinks_to_try, without_dead_outliers
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.method import InputStatistics, Method, required
 from llmopt.quantize.scheme import Scheme
@@ -36,5 +36,5 @@ class Search:
         weight_OI = without_dead_outliers(weight_OI, importance_I, scheme.group_size)
         if scheme.activation_bits == 8:
             return quantize_rows(weight_OI, scheme, self.scales)
-        shrinks = [1 - self.clip_range * step / self.clip_steps for step in range(self.clip_steps)]
+        shrinks = shrinks_to_try(scheme, self.clip_range, self.clip_steps)
         return quantize_to(weight_OI, scheme, *find_grid(weight_OI, scheme, shrinks, importance_I, self.scales))

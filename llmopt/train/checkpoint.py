@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmopt.artifact import Journal
+from llmopt.train.divided import like, whole
 
 PIECE_BYTES = 2**27  # a piece is made in memory before it is written
 
@@ -84,7 +85,7 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         if piece and size_bytes + tensor.nbytes > PIECE_BYTES:
             yield piece
             piece, size_bytes = {}, 0
-        piece[name] = tensor.detach().contiguous()
+        piece[name] = whole(tensor.detach()).contiguous()
         size_bytes += tensor.nbytes
     yield piece
 
@@ -100,9 +101,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     """Have an optimizer remember what `optimizer_tensors` gave; its rates are not part of that."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name in tensors:
         if name.startswith(prefix):
             number, _, key = name.removeprefix(prefix).partition(":")
-            state.setdefault(int(number), {})[key] = tensor
+            state.setdefault(int(number), {})[key] = like(tensors[name], parameters[int(number)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

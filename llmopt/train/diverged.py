@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.errors import DivergedError
+from llmopt.train.divided import whole
 
 _HINT = "a lower rate, or more precision, may help"
 
@@ -50,9 +51,9 @@ def bad_module(model: nn.Module, batch: Tensor) -> str | None:
 def bad_gradient(model: nn.Module) -> str | None:
     """The first parameter whose gradient is not finite."""
     named = ((name, parameter.grad) for name, parameter in model.named_parameters())
-    return next((name for name, grad in named if grad is not None and not bool(grad.isfinite().all())), None)
+    return next((name for name, grad in named if grad is not None and not bool(whole(grad).isfinite().all())), None)
 
 
 def bad_parameter(model: nn.Module) -> str | None:
     """The first parameter that is not finite itself."""
-    return next((name for name, one in model.named_parameters() if not bool(one.isfinite().all())), None)
+    return next((name for name, one in model.named_parameters() if not bool(whole(one).isfinite().all())), None)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from torch.optim import Optimizer
 from llmopt.errors import UsageError
 from llmopt.measure.memory import peak_rss_bytes
 from llmopt.progress import Progress, Silent
-from llmopt.train.checkpoint import Checkpoints
+from llmopt.train.checkpoint import Checkpoints, Snapshot
 from llmopt.train.diverged import diverged
+from llmopt.train.divided import OfFirst, gather, gathered, is_divided, whole
 from llmopt.train.replicas import Alone, Replicas, replicated, share, without_exchange
 from llmopt.train.settings import Precision, Settings
 from llmopt.train.state import Outcome, RunState, capture, restore
@@ -30,10 +32,14 @@ from llmopt.train.state import Outcome, RunState, capture, restore
 # The batches of each step from that of a number on. A batch is tensor of token ids, [windows, tokens].
 Batches = Callable[[int], Iterator[Sequence[Tensor]]]
 Evaluate = Callable[[], float]
+Value = TypeVar("Value")
 
 
 class Trainer:
     """A run. `model(batch)` gives the mean loss of a batch; the rates of `optimizers` are their peaks.
+
+    A model that was divided among the `replicas` before (see `llmopt.train.divided`) stays so, and its checkpoints are
+    those of one that was not.
 
     Raises:
         UsageError: a parameter that is to learn is no float32.
@@ -63,6 +69,8 @@ class Trainer:
         self.progress = progress or Silent()
         self.clock = clock
         self.state = RunState()
+        self.divided = is_divided(model)
+        self.saves = self._of_first_if_divided(lambda: checkpoints is not None)
         self._began = self._saved = clock()
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.scaler = torch.amp.GradScaler(
@@ -82,7 +90,8 @@ class Trainer:
         self._began = self.clock() - self.state.seconds
         self._saved = self.clock()
         if not self.state.is_over:
-            self._train(replicated(self.model, self.replicas), description)
+            # Gradients of a model that is divided become their mean over all processes anyway.
+            self._train(self.model if self.divided else replicated(self.model, self.replicas), description)
             self._evaluate()
             self.state.is_over = True
             self.state.restore_best(self.model)
@@ -110,6 +119,10 @@ class Trainer:
     def _note(self) -> str:
         return f"step {self.state.step}, loss {self.state.losses[-1]:.4f}" if self.state.losses else "step 1"
 
+    def _of_first_if_divided(self, compute: Callable[[], Value]) -> Value:
+        """What all processes have to agree upon, if each holds but a share of the model."""
+        return self.replicas.of_first(compute) if self.divided else compute()
+
     def _step(self, model: nn.Module, batches: list[Tensor], rate: float) -> None:
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -136,16 +149,18 @@ class Trainer:
         self.replicas.add_up(total)
         mean = float(total) / self.replicas.size
         if not math.isfinite(mean):
-            bad = next((batch for batch in own if not self._is_finite(batch)), own[0])
-            with self._autocast():
-                raise diverged(self.model, bad, self.state.step + 1, self._kept_step(), "loss")
+            with gathered(self.model):
+                bad = next((batch for batch in own if not self._is_finite(batch)), own[0])
+                with self._autocast():
+                    error = diverged(self.model, bad, self.state.step + 1, self._kept_step(), "loss")
+            raise error
         return mean
 
     def _update(self) -> None:
         """Move the parameters; where a scaled gradient has overflowed, the scale instead."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        finite = bool(norm.isfinite())
+        finite = bool(whole(norm).isfinite())
         may_back_off = self.scaler.is_enabled() and self.scaler.get_scale() > self.settings.scale.smallest
         if not finite and not may_back_off:
             raise diverged(self.model, None, self.state.step + 1, self._kept_step(), "gradient")
@@ -172,14 +187,18 @@ class Trainer:
         done, _ = self.replicas.of_first(self._done_and_rate)
         if int(done * self.settings.evaluations) >= len(self.state.evaluations):
             self._evaluate()
-        if self.checkpoints is not None and self._is_due():
+        if self.saves and self._of_first_if_divided(self._is_due):
             self._save()
 
     def _evaluate(self) -> None:
         """Ask for the loss on held-out text; the best state is kept, if the run may end before its last step."""
         if self.evaluate is None or (self.state.evaluations and self.state.evaluations[-1].step == self.state.step):
             return
-        loss = self.replicas.of_first(self._held_out_loss)
+        if self.divided:  # none can compute alone
+            own = self._held_out_loss()
+            loss = self.replicas.of_first(lambda: own)
+        else:
+            loss = self.replicas.of_first(self._held_out_loss)
         if not math.isfinite(loss):
             raise diverged(self.model, None, self.state.step, self._kept_step(), "loss on held-out text")
         self.state.evaluated(loss, self.model, self.settings.patience)
@@ -197,20 +216,34 @@ class Trainer:
         return self.clock() - self._saved >= self.settings.checkpoint_seconds
 
     def _save(self) -> None:
-        if self.checkpoints is not None:
-            self.state.seconds = self._elapsed()
-            snapshot = capture(self.model, self.optimizers, self.scaler, self.state)
+        if not self.saves:
+            return
+        self.state.seconds = self._elapsed()
+        snapshot = capture(self.model, self.optimizers, self.scaler, self.state)
+        if self.checkpoints is None:
+            gather(snapshot.tensors.values())
+        else:
             self.checkpoints.write(self.state.step, snapshot)
-            self._saved = self.clock()
+        self._saved = self.clock()
 
     def _resume(self) -> None:
         """Go on from the last checkpoint, which the first process reads for all."""
-        checkpoints = self.checkpoints
-        found = self.replicas.of_first(lambda: None if checkpoints is None else checkpoints.read())
+        found = self._read_divided() if self.divided else self.replicas.of_first(self._read)
         if found is not None:
             step, snapshot = found
             self.state = restore(snapshot, self.model, self.optimizers, self.scaler)
             self.progress.say(f"training goes on behind step {step}")
+
+    def _read(self) -> tuple[int, Snapshot] | None:
+        return None if self.checkpoints is None else self.checkpoints.read()
+
+    def _read_divided(self) -> tuple[int, Snapshot] | None:
+        """The last checkpoint, whose tensors come one by one: no other process has room for all of them."""
+        found = self._read() if self.saves else None
+        told = self.replicas.of_first(lambda: None if found is None else (found[0], found[1].told))
+        if told is None:
+            return None
+        return told[0], Snapshot(OfFirst({} if found is None else found[1].tensors, self.replicas), told[1])
 
     def _kept_step(self) -> int | None:
         return max(self.checkpoints.steps(), default=None) if self.checkpoints is not None else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmopt.train.checkpoint import Snapshot, optimizer_tensors, restore_optimizer
+from llmopt.train.divided import like
 
 _MODEL, _BEST, _OPTIMIZER, _RANDOM = "model:", "best:", "optimizer:", "random"
 
@@ -123,7 +124,7 @@ def restore(
 ) -> RunState:
     """Put model, optimizers and scale where they were, and give the state of the run."""
     for name, parameter in learning(model):
-        parameter.copy_(snapshot.tensors[_MODEL + name])
+        parameter.copy_(like(snapshot.tensors[_MODEL + name], parameter))
     told: dict[str, Any] = dict(snapshot.told["state"])
     for number, optimizer in enumerate(() if told["is_over"] else optimizers):
         restore_optimizer(optimizer, f"{_OPTIMIZER}{number}:", snapshot.tensors)
@@ -131,5 +132,9 @@ def restore(
     if scaler.is_enabled():
         scaler.load_state_dict(dict(snapshot.told["scaler"]))
     told["evaluations"] = [Evaluation(**one) for one in told["evaluations"]]
-    best = {name.removeprefix(_BEST): one for name, one in snapshot.tensors.items() if name.startswith(_BEST)}
+    best = {
+        name: like(snapshot.tensors[_BEST + name], parameter)
+        for name, parameter in learning(model)
+        if _BEST + name in snapshot.tensors
+    }
     return RunState(**told, best=best)

@@ -54,6 +54,7 @@ def mixed(name: str) -> str | None:
 SCHEMES: Mapping[str, SchemeOf] = {
     "float": everywhere(None),
     "w8a16": everywhere("w8a16"),
+    "w2a16": everywhere("w2a16"),
     "w4a16": everywhere("w4a16"),
     "w4a16-sym": everywhere("w4a16-sym"),
     "w4a16-channel": everywhere("w4a16-channel"),

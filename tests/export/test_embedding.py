@@ -21,7 +21,18 @@ from tests.onnx_nodes import float32_session, open_graph, relative_error
 
 VOCABULARY = 31
 IDS = np.array([[0, 30, 7], [7, 1, 2]])
-SCHEMES = [None, "w8a16", "w8a16-g32-asym", "w4a16", "w4a16-sym", "w4a16-g128", "w4a16-channel", "w8a8"]
+SCHEMES = [
+    None,
+    "w2a16",
+    "w2a16-asym",
+    "w8a16",
+    "w8a16-g32-asym",
+    "w4a16",
+    "w4a16-sym",
+    "w4a16-g128",
+    "w4a16-channel",
+    "w8a8",
+]
 WIDTHS = [64, 72, 33]  # whole blocks, a last block that is not full, an odd one
 
 

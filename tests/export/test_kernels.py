@@ -15,7 +15,7 @@ from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from tests.onnx_nodes import open_graph, relative_error
 
-SCHEMES = ["w4a16", "w4a16-g64-sym", "w4a16-channel-asym", "w8a16", "w8a16-channel-asym"]
+SCHEMES = ["w2a16", "w2a16-channel-asym", "w4a16", "w4a16-g64-sym", "w4a16-channel-asym", "w8a16", "w8a16-channel-asym"]
 
 
 def shape(scheme: str, columns: int = 512, rows: int = 24) -> Shape:
@@ -31,6 +31,12 @@ def test_rows_with_one_scale_can_be_cut_into_larger_blocks_but_not_into_smaller_
     sizes = {kernel.block_size for kernel in candidates(shape("w8a16-channel"))}
     assert sizes == {128, 256}
     assert {kernel.block_size for kernel in candidates(shape("w8a16-channel", columns=576))} == {64}
+
+
+def test_of_two_bits_int8_is_offered_where_there_is_such_a_kernel() -> None:
+    levels = [(kernel.block_size, kernel.accuracy_level) for kernel in candidates(shape("w2a16-channel"))]
+    assert levels == [(128, 4), (128, 0), (256, 0)]
+    assert default_kernel(shape("w2a16-channel", columns=80)) == Kernel(block_size=16, accuracy_level=0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -16,7 +16,7 @@ from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight
 from tests.onnx_nodes import Array, float32_session, open_graph, relative_error
 
-SCHEMES = [None, "w4a16", "w4a16-channel-sym", "w8a16", "w8a16-g128-asym", "w8a8"]
+SCHEMES = [None, "w2a16", "w4a16", "w4a16-channel-sym", "w8a16", "w8a16-g128-asym", "w8a8"]
 X = np.random.default_rng(0).normal(size=(2, 3, 72)).astype(np.float32)
 
 

@@ -15,6 +15,7 @@ from llmopt.pipeline import estimate as module
 from llmopt.pipeline.estimate import Estimate, Work
 from llmopt.pipeline.formats.registry import FORMATS
 from llmopt.pipeline.parts import CHUNK_WEIGHTS
+from llmopt.pipeline.qat.options import QatOptions
 from llmopt.quantize.assign import assign
 from llmopt.quantize.scheme import parse_scheme
 from tests.whole_way import CommandLine
@@ -172,3 +173,14 @@ def test_what_the_journal_has_need_not_be_free_any_more(out, monkeypatch):
     journal_folder(out).mkdir()
     (journal_folder(out) / "part").write_bytes(bytes(100))
     needed.require_room(out)
+
+
+@pytest.mark.parametrize("options", [QatOptions(), QatOptions(batch=1)])
+def test_of_what_learns_each_process_has_a_share(spec, options):
+    deep = with_blocks(spec, 120)
+    whole, halves, quarters = (
+        estimated(deep, training=options, sharing=count).steps["training"] for count in (1, 2, 4)
+    )
+    weights = 120 * sum(tensor.count for tensor in spec.blocks[0].tensors())
+    assert whole > halves > quarters
+    assert halves - quarters == pytest.approx(5 * 4 * weights / 4, rel=0.01)

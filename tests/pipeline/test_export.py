@@ -26,7 +26,7 @@ from llmopt.quantize.rtn import Rtn
 from tests.decoders import assignments
 
 IDS = np.random.default_rng(0).integers(3, 99, 40)
-SCHEMES = [None, "w8a16", "w4a16", "w4a16-sym", "w8a8"]
+SCHEMES = [None, "w2a16", "w8a16", "w4a16", "w4a16-sym", "w8a8"]
 
 
 def job_for(model: Path, scheme: str | None) -> Export:

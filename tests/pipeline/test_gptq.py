@@ -27,7 +27,7 @@ from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight
 from tests.whole_way import CommandLine, bytes_of
 
-SCHEMES = ["w4a16-sym", "w4a16-g64-sym", "w4a16-channel-sym", "w8a16", "w8a16-g32-sym", "w8a16-channel-sym"]
+SCHEMES = ["w2a16", "w4a16-sym", "w4a16-g64-sym", "w4a16-channel-sym", "w8a16", "w8a16-g32-sym", "w8a16-channel-sym"]
 
 
 def request(model: Path, output: Path, scheme: str = "w4a16-sym", **more: object) -> QuantizeRequest:
@@ -66,7 +66,7 @@ def test_every_weight_is_where_the_layout_says(scheme: str) -> None:
         assert group == column // size
         code = field(tensors["q.qweight"][:, row], column, bits)
         zero = field(tensors["q.qzeros"][group], row, bits)
-        assert zero == (7 if bits == 4 else 127)
+        assert zero == 2 ** (bits - 1) - 1
         assert (code - (zero + 1)) * float(tensors["q.scales"][group, row]) == expected[row, column]
 
 

@@ -24,7 +24,17 @@ from llmopt.quantize.pack import pack_words
 from llmopt.quantize.scheme import parse_scheme
 from tests.whole_way import CommandLine, bytes_of
 
-SCHEMES = ["w4a16", "w4a16-g64-sym", "w4a16-channel-asym", "w8a16", "w8a16-g32-asym", "w8a16-channel-sym", "w8a8"]
+SCHEMES = [
+    "w2a16",
+    "w2a16-asym",
+    "w4a16",
+    "w4a16-g64-sym",
+    "w4a16-channel-asym",
+    "w8a16",
+    "w8a16-g32-asym",
+    "w8a16-channel-sym",
+    "w8a8",
+]
 
 
 def request(model: Path, output: Path, scheme: str = "w4a16-sym", **more: object) -> QuantizeRequest:

@@ -13,7 +13,17 @@ from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import parse_scheme
 from tests.quantize.test_gptq import COLUMNS, ROWS, correlated_inputs, random, statistics
 
-SCHEMES = ["w4a16", "w4a16-sym", "w4a16-channel-sym", "w4a16-g64", "w8a16", "w8a16-asym", "w8a8"]
+SCHEMES = [
+    "w2a16",
+    "w2a16-channel-asym",
+    "w4a16",
+    "w4a16-sym",
+    "w4a16-channel-sym",
+    "w4a16-g64",
+    "w8a16",
+    "w8a16-asym",
+    "w8a8",
+]
 
 
 def fake(scheme: str, rule: ScaleRule = HALF_SCALE, rank: int | None = None) -> FakeQuantizedWeight:

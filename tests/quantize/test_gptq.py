@@ -13,7 +13,7 @@ from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.search import Search
 from llmopt.quantize.weights import QuantizedWeight, spread
 
-SCHEMES = ["w4a16", "w4a16-sym", "w4a16-channel-sym", "w4a16-g64", "w8a16", "w8a8"]
+SCHEMES = ["w2a16", "w2a16-asym", "w4a16", "w4a16-sym", "w4a16-channel-sym", "w4a16-g64", "w8a16", "w8a8"]
 ROWS, COLUMNS = 12, 72
 
 

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from llmopt.quantize.grid import (
     asymmetric_grid,
+    find_grid,
     grouped,
     least_error,
     quantize_to,
     round_to_codes,
+    shrinks_to_try,
     symmetric_scales,
     without_dead_outliers,
 )
@@ -168,3 +170,15 @@ def test_large_weights_of_dead_inputs_are_no_larger_than_the_others_of_their_gro
     assert torch.equal(without_dead_outliers(weight_OI, importance_I, 2), expected_OI)
     assert torch.equal(without_dead_outliers(weight_OI, torch.zeros(5), None), weight_OI)
     assert without_dead_outliers(weight_OI, torch.ones(5), 2) is weight_OI
+
+
+@pytest.mark.parametrize("name", ["w2a16-channel", "w2a16-channel-asym"])
+def test_of_two_bits_the_best_range_of_a_long_row_is_less_than_half_of_it(name: str) -> None:
+    """A Gaussian's best four levels are a deviation apart (Max 1960); 4,096 weights reach 3.5 deviations."""
+    scheme = parse_scheme(name)
+    weight_OI = torch.randn((8, 4096), generator=torch.Generator().manual_seed(0))
+    shrinks = shrinks_to_try(scheme, clip_range=0.5, steps=16)
+    assert (shrinks[0], len(shrinks)) == (1.0, 24)
+    scales_OG, _ = find_grid(weight_OI, scheme, shrinks)
+    assert float(scales_OG.abs().mean()) == pytest.approx(1.0, abs=0.1)
+    assert shrinks_to_try(parse_scheme("w4a16"), clip_range=0.5, steps=2) == [1.0, 0.75]

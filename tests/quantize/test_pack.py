@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from llmopt.export.onnx.kernels import INT8_BLOCKS_OF_2_BITS
 from llmopt.quantize.pack import (
     block_scales,
     block_size,
     block_zero_points,
+    pack_bytes,
     pack_codes,
-    pack_nibbles,
-    unpack_nibbles,
+    unpack_bytes,
     zero_points,
 )
 from llmopt.quantize.rtn import Rtn
@@ -22,7 +23,7 @@ from tests.onnx_nodes import Array, relative_error, run_node
 
 SCHEMES = [
     f"w{bits}a16-{group}-{symmetry}"
-    for bits in (4, 8)
+    for bits in (2, 4, 8)
     for group in ("g32", "g64", "g128", "channel")
     for symmetry in ("sym", "asym")
 ]
@@ -58,12 +59,19 @@ def test_matmulnbits_multiplies_by_the_dequantized_weight(name: str, columns: in
     assert relative_error(multiply(x[:1], weight, accuracy_level=0), expected[:1]) < 1e-6
 
 
+def bits_have_no_int8(bits: int, size: int) -> bool:
+    return bits == 2 and size not in INT8_BLOCKS_OF_2_BITS
+
+
 @pytest.mark.skipif(not X86, reason="other processors' kernels round activations in blocks of their own")
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_level_4_rounds_activations_to_int8_block_by_block(name: str, columns: int) -> None:
     weight, x = quantized(name, columns), activations(columns)
     size = block_size(weight)
+    if bits_have_no_int8(weight.scheme.bits, size):
+        assert relative_error(multiply(x, weight, accuracy_level=4), x @ weight.dequantize().numpy().T) < 1e-6
+        return
     blocks_TBS = np.pad(x, ((0, 0), (0, -columns % size))).reshape(len(x), -1, size)
     steps_TB1 = np.abs(blocks_TBS).max(-1, keepdims=True) / 127
     rounded = (np.round(blocks_TBS / steps_TB1) * steps_TB1).reshape(len(x), -1)[:, :columns]
@@ -92,10 +100,20 @@ def run_gather(ids: Array, codes: Array, weight: QuantizedWeight) -> Array:
     return run_node("GatherBlockQuantized", inputs, **attributes, gather_axis=0, quantize_axis=1)
 
 
-def test_the_first_code_is_the_low_nibble_and_an_odd_row_ends_with_zero() -> None:
-    codes = np.array([[1, 2, 3], [15, 0, 9]], np.uint8)
-    assert pack_nibbles(codes).tolist() == [[0x21, 0x03], [0x0F, 0x09]]
-    np.testing.assert_array_equal(unpack_nibbles(pack_nibbles(codes), 3), codes)
+@pytest.mark.parametrize(
+    ("bits", "codes", "packed"),
+    [
+        (4, [[1, 2, 3], [15, 0, 9]], [[0x21, 0x03], [0x0F, 0x09]]),
+        (2, [[1, 2, 3, 0, 1], [3, 0, 2, 1, 2]], [[0b00_11_10_01, 0b01], [0b01_10_00_11, 0b10]]),
+        (8, [[1, 255]], [[1, 255]]),
+    ],
+)
+def test_the_first_code_is_in_the_lowest_bits_and_a_byte_that_is_not_full_ends_with_zero(
+    bits: int, codes: list[list[int]], packed: list[list[int]]
+) -> None:
+    values = np.array(codes, np.uint8)
+    assert pack_bytes(values, bits).tolist() == packed
+    np.testing.assert_array_equal(unpack_bytes(pack_bytes(values, bits), bits, values.shape[1]), values)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +142,10 @@ def test_shapes_are_those_of_the_blocks(name: str) -> None:
     zeros = block_zero_points(weight)
     assert (zeros is None) == weight.scheme.symmetric
     if zeros is not None:
-        assert (zeros.shape, zeros.dtype) == ((24, blocks if bits == 8 else -(-blocks // 2)), np.uint8)
+        assert (zeros.shape, zeros.dtype) == ((24, -(-blocks * bits // 8)), np.uint8)
 
 
 def test_the_zero_point_that_none_means_is_half_the_levels() -> None:
+    assert (zero_points(quantized("w2a16-sym", 64)) == 2).all()
     assert (zero_points(quantized("w4a16-sym", 64)) == 8).all()
     assert (zero_points(quantized("w8a16", 64)) == 128).all()

@@ -9,6 +9,8 @@ from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight, spread, stack_rows
 
 SCHEMES = [
+    "w2a16",
+    "w2a16-channel-asym",
     "w4a16",
     "w4a16-sym",
     "w4a16-g64",
@@ -54,18 +56,20 @@ def test_a_weight_that_is_not_clipped_moves_by_half_a_step_at_most(name: str) ->
     steps_OI = spread(weight.scales_OG.abs(), weight.scheme.group_size or 72, 72)
     inside = (weight.codes_OI > 0) & (weight.codes_OI < weight.scheme.levels - 1)
     error = (weight.dequantize() - weight_OI).abs()
-    assert inside.float().mean() > 0.8
+    assert inside.float().mean() > (0.8 if weight.scheme.bits > 2 else 0.45)
     assert (error <= 0.5001 * steps_OI)[inside].all()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_error_is_that_of_noise_a_step_wide(name: str) -> None:
-    """Uniform over a step: its deviation is step / sqrt(12). Where the range is searched, clipping is part of it."""
+    """Uniform over a step: its deviation is step / sqrt(12). Where the range is searched, clipping is part of it, and
+    of two bits a large one.
+    """
     weight_OI, scheme = random_weight(rows=64, columns=256), parse_scheme(name)
     weight = Rtn(clip_steps=1).quantize(weight_OI, scheme)
     steps_OI = spread(weight.scales_OG, scheme.group_size or 256, 256)
     expected = (steps_OI.square().mean() / 12).sqrt() / weight_OI.square().mean().sqrt()
-    assert weight.relative_error(weight_OI) == pytest.approx(expected.item(), rel=0.1)
+    assert weight.relative_error(weight_OI) == pytest.approx(expected.item(), rel=0.1 if scheme.bits > 2 else 0.4)
 
 
 @pytest.mark.parametrize("name", ["w4a16", "w4a16-sym"])
@@ -126,7 +130,7 @@ def test_no_magnitude_gives_anything_that_is_not_a_number(name: str, magnitude: 
     assert (weight.scales_OG != 0).all()
     assert weight.dequantize().isfinite().all()
     if magnitude >= 1e-30:
-        assert weight.relative_error(weight_OI) < (0.3 if weight.scheme.bits == 4 else 0.02)
+        assert weight.relative_error(weight_OI) < {2: 0.5, 4: 0.3, 8: 0.02}[weight.scheme.bits]
     else:
         assert (weight.dequantize() - weight_OI).abs().max() <= weight_OI.abs().max()
 

@@ -7,7 +7,7 @@ from llmopt.quantize.scheme import CHANNEL, GROUP_SIZES, Scheme, parse_scheme
 
 WEIGHT_ONLY = [
     f"w{bits}a16-{group}-{symmetry}"
-    for bits in (4, 8)
+    for bits in (2, 4, 8)
     for group in (*(f"g{size}" for size in GROUP_SIZES), "channel")
     for symmetry in ("sym", "asym")
 ]
@@ -22,6 +22,7 @@ def test_a_full_name_is_the_name_of_its_scheme(name: str) -> None:
     ("short", "full"),
     [
         ("w4a16", "w4a16-g32-asym"),
+        ("w2a16", "w2a16-g32-sym"),
         ("w8a16", "w8a16-g64-sym"),
         ("w8a8", "w8a8-channel-sym"),
         ("w4a16-sym", "w4a16-g32-sym"),
@@ -41,7 +42,7 @@ def test_a_name_says_bits_groups_and_symmetry() -> None:
 
 
 def test_a_scheme_has_two_to_the_bits_levels() -> None:
-    assert (parse_scheme("w4a16").levels, parse_scheme("w8a16").levels) == (16, 256)
+    assert [parse_scheme(name).levels for name in ("w2a16", "w4a16", "w8a16")] == [4, 16, 256]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.quantize.weights import QuantizedWeight, split_rows, stack_rows
 
-SCHEMES = ["w4a16", "w4a16-sym", "w4a16-channel", "w8a16", "w8a16-g32-asym", "w8a8"]
+SCHEMES = ["w2a16", "w2a16-asym", "w4a16", "w4a16-sym", "w4a16-channel", "w8a16", "w8a16-g32-asym", "w8a8"]
 
 
 def random_weight(scheme_name: str, rows: int = 5, columns: int = 72, seed: int = 0) -> QuantizedWeight:

@@ -15,6 +15,8 @@ from llmopt.quantize.weights import QuantizedWeight
 # weight for it in every call.
 INT8, FLOAT32 = 4, 0
 LARGEST_BLOCK = 256
+# There are int8 kernels for 2 bits in blocks of these sizes alone; else level 4 multiplies float32 after all.
+INT8_BLOCKS_OF_2_BITS = (32, 64, 128)
 # A larger weight is timed by its first rows: the kernel divides rows among threads, and 16 MB are more than a cache.
 TIMED_WEIGHTS = 1 << 24
 
@@ -63,7 +65,7 @@ Choose = Callable[[Shape], Kernel]
 def default_kernel(shape: Shape) -> Kernel:
     """What is right on most machines: int8 activations, several times faster in decoding than float32."""
     block_size = shape.scheme.group_size or channel_block(shape.columns)
-    return Kernel(block_size=block_size, accuracy_level=INT8)
+    return Kernel(block_size=block_size, accuracy_level=INT8 if _has_int8(shape.scheme, block_size) else FLOAT32)
 
 
 def candidates(shape: Shape) -> tuple[Kernel, ...]:
@@ -72,4 +74,13 @@ def candidates(shape: Shape) -> tuple[Kernel, ...]:
     sizes = [default.block_size]
     if shape.scheme.group_size is None and shape.columns % LARGEST_BLOCK == 0:
         sizes.append(LARGEST_BLOCK)
-    return tuple(Kernel(block_size=size, accuracy_level=level) for level in (INT8, FLOAT32) for size in sizes)
+    kinds = ((level, size) for level in (INT8, FLOAT32) for size in sizes)
+    return tuple(
+        Kernel(block_size=size, accuracy_level=level)
+        for level, size in kinds
+        if level == FLOAT32 or _has_int8(shape.scheme, size)
+    )
+
+
+def _has_int8(scheme: Scheme, block_size: int) -> bool:
+    return scheme.bits != 2 or block_size in INT8_BLOCKS_OF_2_BITS

@@ -19,6 +19,7 @@ class QatOptions:
     `cross_entropy` is the share of the text's own cross entropy in the loss, the rest of which is the divergence from
     the float model. With a `lora_rank` weights move by products of thin matrices of that rank. `by_block` trains one
     block at a time, towards what the float model's gives, for models that do not fit into memory as a whole.
+    `shard` divides what training takes among several processes; None: if it does not fit into memory otherwise.
     """
 
     data: str | Path | None = None  # text, or the name of a dataset; None: what comes with llmopt
@@ -29,6 +30,7 @@ class QatOptions:
     by_block: bool = False
     precision: str = "fp32"
     rate: float = RATE  # of latent weights, in codes a step; that of step sizes goes with it
+    shard: bool | None = None
 
     def check(self) -> None:
         """See that it can be done.
@@ -42,11 +44,14 @@ class QatOptions:
         if self.by_block and self.cross_entropy:
             what = "a block by itself gives no tokens, so there is no cross entropy to learn from"
             raise UsageError(what, hint="leave the cross entropy out, or train the whole model")
+        if self.by_block and self.shard:
+            what = "a block by itself is not divided among processes"
+            raise UsageError(what, hint="leave --shard out, or train the whole model")
         if not 0.0 < self.rate < 1.0:
             raise UsageError(f"a rate of {self.rate:g} codes a step", hint=f"more than 0 and below 1, such as {RATE:g}")
         if self.precision not in PRECISIONS:
             raise UsageError(f"there is no precision {self.precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
 
     def entry(self) -> Mapping[str, str | bool | int | float | None]:
-        """As a manifest holds it, without the text, which has an entry of its own."""
-        return {name: value for name, value in asdict(self).items() if name != "data"}
+        """As a manifest holds it, without the text, which has an entry of its own, and what changes no result."""
+        return {name: value for name, value in asdict(self).items() if name not in {"data", "shard"}}

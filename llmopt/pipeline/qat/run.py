@@ -24,6 +24,7 @@ from llmopt.quantize.fake import FakeQuantizedWeight
 from llmopt.quantize.grid import ScaleRule
 from llmopt.quantize.weights import QuantizedWeight
 from llmopt.train.checkpoint import Checkpoints
+from llmopt.train.divided import divide, gathered
 from llmopt.train.loop import Trainer
 from llmopt.train.settings import Precision, Settings
 
@@ -55,6 +56,7 @@ class Run:
     name: str  # of the checkpoints in the journal
     seconds: Callable[[], float | None]  # that are left for it
     recompute: bool = False
+    divided: bool = False  # among the processes: each has but a share of what learns
 
     def learning_block(self, block: Block, weights: Weights) -> LearningBlock:
         """A block that learns from where it is."""
@@ -95,11 +97,14 @@ def train_whole(run: Run, embedding: Part, blocks: list[Part], head: Part) -> Tr
         DivergedError: a loss or a gradient is no number.
     """
     require_divisible(run.options.batch, run.ranks.size)
-    learning = [run.learning_block(block, part.weights) for block, part in zip(run.spec.blocks, blocks, strict=True)]
+    learning = [_learning(run, block, part) for block, part in zip(run.spec.blocks, blocks, strict=True)]
     outer = embedding.weights | head.weights
-    student = Student(run.spec, outer, learning, run.rounding, recompute=run.recompute)
-    teacher = Teacher(TorchEngine(run.spec, run.tensors, keep=True))
+    student = Student(run.spec, outer, learning, run.rounding, recompute=run.recompute or run.divided)
+    # Where memory is short the float model is read again for windows that come for the first time.
+    teacher = Teacher(TorchEngine(run.spec, run.tensors, keep=not run.divided))
     model = Distillation(student, teacher, run.options.cross_entropy)
+    if run.divided:
+        divide(model)
 
     trainer = Trainer(
         model,
@@ -114,10 +119,18 @@ def train_whole(run: Run, embedding: Part, blocks: list[Part], head: Part) -> Tr
     outcome = trainer.run("training")
     for block, part, module in zip(run.spec.blocks, blocks, learning, strict=True):
         if outcome.best_step:
-            put_back(block, part, module.learned(), run.floats(block))
+            with gathered(module):
+                put_back(block, part, module.learned(), run.floats(block))
         else:
             unchanged(part)
     return Trained(outcomes=(outcome,))
+
+
+def _learning(run: Run, block: Block, part: Part) -> LearningBlock:
+    module = run.learning_block(block, part.weights)
+    if run.divided:
+        divide(module)
+    return module
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Tensor]) -> float:

@@ -26,11 +26,15 @@ NO_TIME = "no time to train"
 
 @dataclass(slots=True, kw_only=True)
 class Training:
-    """What to train on, and how; `trained` is what became of it, once it is done."""
+    """What to train on, and how; `trained` is what became of it, once it is done.
+
+    `divided`: each process has a share of what learns, not all of it.
+    """
 
     options: QatOptions
     corpus: Corpus
     recompute: bool = False
+    divided: bool = False
     trained: Trained | None = None
 
     def entry(self) -> Mapping[str, str | bool | int | float | None]:
@@ -71,6 +75,7 @@ def trained_parts(
         name="training" if journal is None else f"{journal.choice}-training",
         seconds=seconds,
         recompute=training.recompute,
+        divided=training.divided,
     )
 
     def train(embedding: Part, blocks: list[Part], head: Part) -> None:
