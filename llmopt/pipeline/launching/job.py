@@ -15,7 +15,8 @@ class Job:
     """Generate `output` tokens behind each row of `ids_BT`, `rounds` times after one that is not measured.
 
     Weights come from `model`, or from the shards in the folder `shards`, which were made for the plan `plan_hash`.
-    `schemes` names that of each linear which is quantized as it is read; all else has the `dtype`.
+    `schemes` names that of each linear that has one: it is quantized as it is read, unless weights are `stored` so. All
+    else has the `dtype`.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Job:
     plan_hash: str = ""
     dtype: str = "float32"
     schemes: Mapping[str, str] = field(default_factory=dict)
+    stored: bool = False
 
     @property
     def capacity(self) -> int:

@@ -1,6 +1,6 @@
 """`llmopt launch`: from a plan to tokens, checked and measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from llmopt.errors import LlmoptError, ModelError, UsageError
-from llmopt.model.parallel import tensor_parallel, tensor_parallel_degrees
 from llmopt.model.rotary import longest_sequence
-from llmopt.model.source import ModelSource, open_source
+from llmopt.model.source import ModelSource
 from llmopt.model.tokenizer import Tokenizer
+from llmopt.partition.degrees import legal_degrees, shared_by
 from llmopt.partition.plan import Plan, read_plan
 from llmopt.partition.runtime.schedule import micro_batches
 from llmopt.pipeline.launching.job import Job
@@ -23,7 +23,9 @@ from llmopt.pipeline.launching.shards import MANIFEST, materialize, require_shar
 from llmopt.pipeline.launching.verify import verified
 from llmopt.pipeline.launching.weights import parse_schemes
 from llmopt.pipeline.ranks import place
+from llmopt.pipeline.stored import open_model, stored_schemes
 from llmopt.progress import Progress
+from llmopt.quantize.scheme import Scheme, parse_scheme
 from llmopt.words import counted
 
 FLOAT = "float32"
@@ -70,7 +72,9 @@ def launch(request: LaunchRequest, progress: Progress, fail: Callable[[LlmoptErr
         outcome = outcome_of(job, fail)
     else:
         if request.materialize is not None:
-            materialize(source, job.layout, job.plan_hash, request.materialize, progress)
+            materialize(
+                source, job.layout, job.plan_hash, request.materialize, progress, schemes=stored_schemes(source)
+            )
         with progress.task(f"running {counted(job.layout.size, 'rank')}"):
             outcome = run_job(job, shares=shares)
     return None if outcome is None else _result(plan, request, job, outcome, source)
@@ -90,6 +94,7 @@ def _job(plan: Plan, request: LaunchRequest, source: ModelSource) -> Job:
         layout=layout_of(plan),
         dtype=plan.dtype or FLOAT,
         schemes=plan.schemes,
+        stored=stored_schemes(source) is not None,
         ids_BT=ids_BT,
         output=plan.workload.output,
         cut=micro_batches(plan.micro_batches, len(ids_BT), len(ids_BT[0])),
@@ -104,26 +109,40 @@ def _job(plan: Plan, request: LaunchRequest, source: ModelSource) -> Job:
 def _source(plan: Plan, request: LaunchRequest) -> ModelSource:
     """The model; or, where shards are there, what they say of it."""
     if request.materialize is not None and (request.materialize / MANIFEST).is_file() and not request.verify:
-        return open_source(str(request.materialize), weights=False)
-    return open_source(plan.model, revision=plan.revision)
+        return open_model(str(request.materialize), weights=False)
+    return open_model(plan.model, revision=plan.revision)
 
 
 def _require_possible(plan: Plan, source: ModelSource, request: LaunchRequest) -> None:
     """Find out before any process is started."""
-    spec = source.spec
+    spec, stored = source.spec, stored_schemes(source)
     layout_of(plan).require(len(spec.blocks))
     parse_schemes(spec, plan.schemes)
+    schemes = {name: parse_scheme(text) for name, text in plan.schemes.items()}
+    if stored is not None and schemes != stored:
+        raise UsageError(
+            f"the plan is not for these weights: {_difference(schemes, stored)}",
+            where=str(request.plan),
+            hint="make the plan anew with llmopt partition",
+        )
     for number, stage in enumerate(plan.stages):
-        found = tensor_parallel(spec, stage.tp)
+        found = shared_by(spec, schemes, stage.tp, stored=stored is not None)
         if not found.legal:
-            legal = ", ".join(str(each.degree) for each in tensor_parallel_degrees(spec) if each.legal)
+            legal = ", ".join(map(str, legal_degrees(spec, schemes, stored=stored is not None)))
             what = f"stage {number} cannot be cut over {stage.tp} ranks: {found.obstacle}"
             raise UsageError(what, where=str(request.plan), hint=f"legal degrees: {legal}")
-    if plan.schemes and request.materialize is not None:
-        hint = "without --materialize each rank quantizes what it reads"
-        raise UsageError("shards hold floats, and this plan quantizes", where=str(request.plan), hint=hint)
+    if schemes and stored is None and request.materialize is not None:
+        hint = "llmopt quantize MODEL -o OUT --format hf, and a plan for OUT; without --materialize ranks round it"
+        raise UsageError("the plan quantizes a model of floats as it is read", where=str(request.plan), hint=hint)
     if request.materialize is not None and place() != (0, 1):
         require_shards(request.materialize, layout_of(plan), hash_of(plan), place()[0])
+
+
+def _difference(planned: Mapping[str, Scheme], stored: Mapping[str, Scheme]) -> str:
+    """The first linear that the plan has otherwise than the model."""
+    name = next(name for name in [*stored, *planned] if planned.get(name) != stored.get(name))
+    said, found = (str(schemes.get(name, "no scheme")) for schemes in (planned, stored))
+    return f"{name} is stored in {found}, and the plan says {said}"
 
 
 def _prompts(plan: Plan, request: LaunchRequest, source: ModelSource) -> tuple[tuple[int, ...], ...]:

@@ -2,13 +2,16 @@
 
     DIR/  config.json  shards.json  rank-00000/model.safetensors  rank-00001/model.safetensors …
 
-`shards.json` names the plan by its hash: shards of another plan are refused and never read.
+`shards.json` names the plan by its hash: shards of another plan are refused and never read. Integers are laid out as in
+the model that they are from, each rank's share as if it were a whole weight.
 """
 
 import json
 import math
 import shutil
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,23 @@ from torch import Tensor
 
 from llmopt.artifact import staged, write_json
 from llmopt.errors import ArtifactError
+from llmopt.export.checkpoint.compressed_tensors import CompressedTensors
 from llmopt.export.checkpoint.files import Entry, SafetensorsFiles
+from llmopt.export.checkpoint.packed import PackedWeights
 from llmopt.model.checkpoint import Checkpoint, open_checkpoint
 from llmopt.model.decode import decode
 from llmopt.model.safetensors_files import read_tables
 from llmopt.model.source import CONFIG, ModelSource
-from llmopt.model.stored import damaged, open_file
+from llmopt.model.spec import Linear
+from llmopt.model.stored import OpenFiles
 from llmopt.partition.runtime.cut import Cut
 from llmopt.partition.runtime.layout import Layout
 from llmopt.partition.runtime.stage import DecoderStage
+from llmopt.pipeline.launching.reading import AsStored, sound
+from llmopt.pipeline.stored import Schemes, StoredWeights, open_stored
 from llmopt.progress import Progress
+from llmopt.quantize.scheme import Scheme
+from llmopt.quantize.weights import QuantizedWeight
 
 MANIFEST = "shards.json"
 SCHEMA = "llmopt.shards/1"
@@ -34,8 +44,18 @@ _WITHOUT_LOSS = {"BF16": torch.bfloat16, "F16": torch.float16}
 _AGAIN = "remove the folder, and llmopt launch PLAN --materialize writes it again"
 
 
-def materialize(source: ModelSource, layout: Layout, plan_hash: str, folder: Path, progress: Progress) -> None:
+def materialize(
+    source: ModelSource,
+    layout: Layout,
+    plan_hash: str,
+    folder: Path,
+    progress: Progress,
+    *,
+    schemes: Schemes | None = None,
+) -> None:
     """Write the shards of a plan, one tensor in memory at a time; what is there already from this plan is kept.
+
+    `schemes` are those that the model's weights are stored in; None: it is one of floats.
 
     Raises:
         ArtifactError: shards of another plan, or something else, are in the folder.
@@ -43,11 +63,12 @@ def materialize(source: ModelSource, layout: Layout, plan_hash: str, folder: Pat
     if (folder / MANIFEST).exists():
         require_shards(folder, layout, plan_hash)
         return
-    with staged(folder, force=False) as partial, open_checkpoint(source) as checkpoint:
+    with staged(folder, force=False) as partial, _opened(source, schemes) as weights:
         files = []
         with progress.task("writing shards", total=layout.size) as task:
             for rank in range(layout.size):
-                files.append(_write(checkpoint, source, layout, rank, partial))
+                cuts = DecoderStage.cuts(source.spec, layout, layout.seat(rank))
+                files.append(_write([weights.share(cut) for cut in cuts], rank, partial))
                 task.advance()
         write_json(partial / CONFIG, source.config)
         for path in source.tokenizer_files():
@@ -82,7 +103,7 @@ def require_shards(folder: Path, layout: Layout, plan_hash: str, rank: int | Non
 
 
 class Shard:
-    """The tensors of one rank, cut already. Bytes are read, not mapped, as `llmopt.model.checkpoint` does.
+    """The tensors of one rank, cut already; satisfies `Reading`. Bytes are read, not mapped, as of a checkpoint.
 
     Raises:
         ArtifactError: see `require_shards`.
@@ -90,37 +111,83 @@ class Shard:
 
     def __init__(self, folder: Path, layout: Layout, plan_hash: str, rank: int) -> None:
         require_shards(folder, layout, plan_hash, rank)
-        self._stored = read_tables((folder / _name(rank)).parent)
+        path = (folder / _name(rank)).parent
+        self._stored, self._files = read_tables(path), OpenFiles()
+        self._integers = PackedWeights(self._stored, where=str(path))
 
-    def read(self, cut: Cut) -> Tensor:
-        """The values of a cut, float32."""
+    def floats(self, cut: Cut) -> Tensor:
+        """See `Reading`."""
         stored = self._stored[cut.tensor.name]
         assert stored.shape == cut.shape, cut.tensor.name
         raw_RB = torch.empty((stored.rows, stored.row_bytes), dtype=torch.uint8)
-        wanted = memoryview(raw_RB.numpy().reshape(-1).data)
-        with open_file(stored.file) as file:
-            file.seek(stored.offset)
-            while count := file.readinto(wanted):  # at most 2 GiB at a time
-                wanted = wanted[count:]
-        if wanted:
-            raise damaged(f"{stored.name} is cut off", stored.file)
+        self._files.fill(memoryview(raw_RB.numpy().reshape(-1).data), stored)
         return decode(raw_RB, stored.dtype).reshape(stored.shape)
 
+    def quantized(self, cut: Cut, linear: Linear, scheme: Scheme) -> QuantizedWeight:
+        """See `Reading`."""
+        local = local_linear(cut, linear)
+        self._integers.require(local, scheme)
+        return sound(self._integers.read(local, scheme), linear.name)
 
-def _write(checkpoint: Checkpoint, source: ModelSource, layout: Layout, rank: int, folder: Path) -> dict[str, Any]:
-    cuts = list(DecoderStage.cuts(source.spec, layout, layout.seat(rank)))
-    entries = {cut.tensor.name: Entry(cut.tensor.name, _dtype(checkpoint, cut), cut.shape) for cut in cuts}
+    def close(self) -> None:
+        """Close its file. Reading again opens it again."""
+        self._files.close()
+        self._integers.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a rank's file has of one tensor of the model."""
+
+    entries: tuple[Entry, ...]
+    read: Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A model, cut for shards. Floats are read from `floats`."""
+
+    floats: Checkpoint
+    stored: StoredWeights | None = None
+
+    def share(self, cut: Cut) -> _Share:
+        if self.stored is None or cut.tensor.name not in self.stored.linears:
+            dtype = _WITHOUT_LOSS.get(self.floats.stored_dtype(cut.tensor), torch.float32)
+            entry = Entry(cut.tensor.name, dtype, cut.shape)
+            return _Share((entry,), lambda: {entry.name: cut.read(self.floats).to(dtype)})
+        linear, scheme = self.stored.linears[cut.tensor.name]
+        packing, local = CompressedTensors(self.stored.integers.scale_dtype(linear)), local_linear(cut, linear)
+        reading = AsStored(self.stored)
+        entries = tuple(packing.entries(local, scheme))
+        return _Share(entries, lambda: packing.tensors(local, reading.quantized(cut, linear, scheme)))
+
+
+@contextmanager
+def _opened(source: ModelSource, schemes: Schemes | None) -> Iterator[_Weights]:
+    if schemes is None:
+        with open_checkpoint(source) as checkpoint:
+            yield _Weights(checkpoint)
+        return
+    with open_stored(source, schemes) as stored:
+        yield _Weights(stored.floats, stored)
+
+
+def local_linear(cut: Cut, linear: Linear) -> Linear:
+    """A linear as large as a rank's share of it."""
+    rows, columns = reversed(cut.shape) if linear.transposed else cut.shape
+    return replace(linear, out_features=rows, in_features=columns)
+
+
+def _write(shares: Sequence[_Share], rank: int, folder: Path) -> dict[str, Any]:
     path = folder / _name(rank)
     path.parent.mkdir()
-    with closing(SafetensorsFiles(path.parent, entries.values(), shard_bytes=math.inf)) as files:
-        for cut in cuts:
-            files.write(cut.tensor.name, cut.read(checkpoint).to(entries[cut.tensor.name].dtype))
+    entries = [entry for share in shares for entry in share.entries]
+    with closing(SafetensorsFiles(path.parent, entries, shard_bytes=math.inf)) as files:
+        for share in shares:
+            for name, values in share.read().items():
+                files.write(name, values)
         files.save()
     return {"file": _name(rank), "bytes": path.stat().st_size}
-
-
-def _dtype(checkpoint: Checkpoint, cut: Cut) -> torch.dtype:
-    return _WITHOUT_LOSS.get(checkpoint.stored_dtype(cut.tensor), torch.float32)
 
 
 def _name(rank: int) -> str:
