@@ -96,7 +96,7 @@ def _exported(plan: Plan, source: ModelSource, request: PartitionRequest, progre
     if request.export is None:
         return None
     if request.export_to is None:
-        return export(plan, source.spec, request.export)
+        return export(plan, source.spec, request.export, stored=source.quantization is not None)
     from llmopt.pipeline.stages import write_stages  # noqa: PLC0415 (torch and onnx, which plans need not wait for)
 
     return write_stages(plan, source, request.export_to, progress, force=request.force).to_json()

@@ -79,7 +79,7 @@ def _group(name: str, group: Mapping[str, Any], whole: Mapping[str, Any]) -> tup
         "output_activations": (group.get("output_activations"), None),
         "format": (group.get("format") or whole.get("format"), "int-quantized" if rounds else "pack-quantized"),
     }
-    if rounds:
+    if activations is not None:
         asked = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
         wanted |= {f"input_activations.{key}": (activations.get(key), value) for key, value in asked.items()}
     for key, (said, known) in wanted.items():

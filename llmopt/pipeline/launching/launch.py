@@ -18,7 +18,7 @@ from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.plans import cluster_of, device_of, hash_of, layout_of
 from llmopt.pipeline.launching.rank import Outcome
 from llmopt.pipeline.launching.result import Compared, LaunchResult, latencies_ms, stage_results
-from llmopt.pipeline.launching.run import outcome_of, run_job
+from llmopt.pipeline.launching.run import DTYPES, outcome_of, run_job
 from llmopt.pipeline.launching.shards import MANIFEST, materialize, require_shards
 from llmopt.pipeline.launching.verify import verified
 from llmopt.pipeline.launching.weights import parse_schemes
@@ -29,6 +29,7 @@ from llmopt.quantize.scheme import Scheme, parse_scheme
 from llmopt.words import counted
 
 FLOAT = "float32"
+_MOST_TOKENS = 1 << 24  # of all prompts together: more are a mistake in a plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,11 @@ def _source(plan: Plan, request: LaunchRequest) -> ModelSource:
 def _require_possible(plan: Plan, source: ModelSource, request: LaunchRequest) -> None:
     """Find out before any process is started."""
     spec, stored = source.spec, stored_schemes(source)
+    if (plan.dtype or FLOAT) not in DTYPES:
+        hint = f"plan for one of {', '.join(DTYPES)} with --dtype"
+        raise UsageError(f"ranks do not compute in {plan.dtype}", where=str(request.plan), hint=hint)
+    for name in (name for stage in plan.stages for name in stage.devices):
+        device_of(plan, name)
     layout_of(plan).require(len(spec.blocks))
     parse_schemes(spec, plan.schemes)
     schemes = {name: parse_scheme(text) for name, text in plan.schemes.items()}
@@ -149,23 +155,29 @@ def _prompts(plan: Plan, request: LaunchRequest, source: ModelSource) -> tuple[t
     """Token ids, one row for each sequence that a replica of the plan has."""
     work = plan.workload
     batch = -(-work.batch // plan.replicas)
-    if request.prompt is None:
-        drawn = np.random.default_rng(request.seed).integers(0, source.spec.vocab_size, (batch, work.prompt))
-        rows = tuple(tuple(int(token) for token in row) for row in drawn)
-    else:
-        tokenizer = _tokenizer(source)
-        if tokenizer is None:
-            raise UsageError("the model has no tokenizer for --prompt", hint="leave it out")
-        ids = tokenizer.encode(request.prompt)
-        ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
-        if not ids:
-            raise UsageError("the prompt is empty", hint="give at least a word")
-        rows = (tuple(ids),) * batch
-    longest = longest_sequence(source.spec)
-    if len(rows[0]) + work.output > longest:
-        what = f"{len(rows[0])} tokens of prompt and {work.output} of output, where the model reads {longest}"
+    ids = None if request.prompt is None else _prompt_ids(request.prompt, source)
+    length, longest = work.prompt if ids is None else len(ids), longest_sequence(source.spec)
+    if length + work.output > longest:
+        what = f"{length} tokens of prompt and {work.output} of output, where the model reads {longest}"
         raise UsageError(what, hint="plan for fewer")
-    return rows
+    if batch * length > _MOST_TOKENS:
+        what = f"{batch:,} prompts of {length} tokens, where a launch reads {_MOST_TOKENS:,} tokens at most"
+        raise UsageError(what, hint="plan for a smaller batch")
+    if ids is not None:
+        return (tuple(ids),) * batch
+    drawn = np.random.default_rng(request.seed).integers(0, source.spec.vocab_size, (batch, length))
+    return tuple(tuple(int(token) for token in row) for row in drawn)
+
+
+def _prompt_ids(prompt: str, source: ModelSource) -> list[int]:
+    tokenizer = _tokenizer(source)
+    if tokenizer is None:
+        raise UsageError("the model has no tokenizer for --prompt", hint="leave it out")
+    ids = tokenizer.encode(prompt)
+    ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    if not ids:
+        raise UsageError("the prompt is empty", hint="give at least a word")
+    return ids
 
 
 def _tokenizer(source: ModelSource) -> Tokenizer | None:

@@ -25,7 +25,7 @@ from llmopt.export.checkpoint.files import Entry, SafetensorsFiles
 from llmopt.export.checkpoint.packed import PackedWeights
 from llmopt.model.checkpoint import Checkpoint, open_checkpoint
 from llmopt.model.decode import decode
-from llmopt.model.safetensors_files import read_tables
+from llmopt.model.safetensors_files import read_metadata, read_tables
 from llmopt.model.source import CONFIG, ModelSource
 from llmopt.model.spec import Linear
 from llmopt.model.stored import OpenFiles
@@ -40,6 +40,7 @@ from llmopt.quantize.weights import QuantizedWeight
 
 MANIFEST = "shards.json"
 SCHEMA = "llmopt.shards/1"
+_PLAN, _RANK = "llmopt.plan", "llmopt.rank"  # what a file says itself, for it may be put in another's place
 _WITHOUT_LOSS = {"BF16": torch.bfloat16, "F16": torch.float16}
 _AGAIN = "remove the folder, and llmopt launch PLAN --materialize writes it again"
 
@@ -68,7 +69,7 @@ def materialize(
         with progress.task("writing shards", total=layout.size) as task:
             for rank in range(layout.size):
                 cuts = DecoderStage.cuts(source.spec, layout, layout.seat(rank))
-                files.append(_write([weights.share(cut) for cut in cuts], rank, partial))
+                files.append(_write([weights.share(cut) for cut in cuts], rank, partial, plan_hash))
                 task.advance()
         write_json(partial / CONFIG, source.config)
         for path in source.tokenizer_files():
@@ -80,7 +81,8 @@ def require_shards(folder: Path, layout: Layout, plan_hash: str, rank: int | Non
     """See that a folder has the shards of a plan, or that of one rank.
 
     Raises:
-        ArtifactError: it holds none, those of another plan, or one is missing or has another size.
+        ArtifactError: it holds none, those of another plan, or one is missing, has another size or is another's.
+        ModelError: the header of one is damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -99,6 +101,11 @@ def require_shards(folder: Path, layout: Layout, plan_hash: str, rank: int | Non
             raise ArtifactError(f"the shard of {layout.name(each)} is missing", where=str(shard), hint=_AGAIN)
         if shard.stat().st_size != entry["bytes"]:
             what = f"the shard of {layout.name(each)} has {shard.stat().st_size:,} bytes, not {entry['bytes']:,}"
+            raise ArtifactError(what, where=str(shard), hint=_AGAIN)
+        said = read_metadata(shard)
+        if said.get(_PLAN, plan_hash) != plan_hash or said.get(_RANK, str(each)) != str(each):
+            what = f"this is not the shard of {layout.name(each)}, but that of rank {said.get(_RANK)} of "
+            what += "this plan" if said.get(_PLAN) == plan_hash else "another plan"
             raise ArtifactError(what, where=str(shard), hint=_AGAIN)
 
 
@@ -178,11 +185,12 @@ def local_linear(cut: Cut, linear: Linear) -> Linear:
     return replace(linear, out_features=rows, in_features=columns)
 
 
-def _write(shares: Sequence[_Share], rank: int, folder: Path) -> dict[str, Any]:
+def _write(shares: Sequence[_Share], rank: int, folder: Path, plan_hash: str) -> dict[str, Any]:
     path = folder / _name(rank)
     path.parent.mkdir()
     entries = [entry for share in shares for entry in share.entries]
-    with closing(SafetensorsFiles(path.parent, entries, shard_bytes=math.inf)) as files:
+    said = {_PLAN: plan_hash, _RANK: str(rank)}
+    with closing(SafetensorsFiles(path.parent, entries, shard_bytes=math.inf, said=said)) as files:
         for share in shares:
             for name, values in share.read().items():
                 files.write(name, values)
