@@ -1,5 +1,6 @@
 """A plan as ONNX graphs, one for each stage: written block by block, and held against torch before they appear."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import onnx
 from torch import Tensor
 
 from llmopt import __version__
-from llmopt.artifact import MODEL_CARD, Manifest, check_free_disk, staged, write_json, write_manifest
+from llmopt.artifact import MANIFEST, MODEL_CARD, Manifest, Source, check_free_disk, staged, write_json, write_manifest
 from llmopt.engine.ort import LOGITS_AT
 from llmopt.engine.ort_stages import FORMAT, HIDDEN, IDS, LOGITS, MASK, NEXT_HIDDEN, SCHEMA, STAGES, StageFile
 from llmopt.engine.segments import run_in_segments
@@ -24,12 +25,13 @@ from llmopt.export.stages import stages_card
 from llmopt.measure.host import versions
 from llmopt.model.checkpoint import Tensors, open_checkpoint
 from llmopt.model.source import CONFIG, GENERATION_CONFIG, QUANTIZATION, ModelSource
-from llmopt.model.spec import Linear, ModelSpec, TensorSpec
+from llmopt.model.spec import ModelSpec, TensorSpec
 from llmopt.model.storage import quantized_bytes
 from llmopt.partition.plan import Plan
 from llmopt.pipeline.calibration import Weights
 from llmopt.pipeline.prepare import source_entry
-from llmopt.pipeline.stored import by_weight, open_stored, stored_schemes
+from llmopt.pipeline.stored import stored_format, stored_schemes
+from llmopt.pipeline.stored_weights import by_weight, open_stored
 from llmopt.pipeline.verify import FLOAT_TOLERANCE, Reference
 from llmopt.progress import Progress
 from llmopt.quantize.grid import HALF_SCALE
@@ -92,7 +94,7 @@ def write_stages(plan: Plan, source: ModelSource, folder: Path, progress: Progre
                 task.advance()
         files = tuple(writing.files)
         _write_companions(plan, source, files, partial)
-        made = Manifest(source=source_entry(source), format=FORMAT, versions={"llmopt": __version__, **versions()})
+        made = Manifest(source=_made_from(source), format=FORMAT, versions={"llmopt": __version__, **versions()})
         write_manifest(partial, made)
     return StagesResult(folder=str(folder), stages=files, relative_error=writing.relative_error)
 
@@ -169,7 +171,7 @@ class _Writing:
 def _reading(source: ModelSource, schemes: Mapping[str, Scheme]) -> Iterator[Read]:
     """Weights as graphs take them, [out, in]: in their own integers, or rounded to nearest."""
     stored = stored_schemes(source)
-    linears = _by_weight(source.spec, schemes)
+    linears = by_weight(source.spec, schemes)
     turned = {linear.weight.name for linear in source.spec.linears() if linear.transposed}
     if stored is not None:
         with open_stored(source, stored) as weights:
@@ -190,15 +192,6 @@ def _floats(tensors: Tensors, tensor: TensorSpec, turned: set[str]) -> Tensor:
     return values.T.contiguous() if tensor.name in turned else values
 
 
-def _by_weight(spec: ModelSpec, schemes: Mapping[str, Scheme]) -> dict[str, tuple[Linear, Scheme]]:
-    """Linears and the table that have a scheme, by the names of their weights."""
-    embedding, found = spec.embedding, by_weight(spec, schemes)
-    if embedding.name in schemes:
-        table = Linear(name=embedding.name, out_features=embedding.vocab_size, in_features=embedding.width)
-        found[table.weight.name] = (table, schemes[embedding.name])
-    return found
-
-
 def _head_tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
     """With the table of a tied head, which `ModelSpec` has with the embedding."""
     yield from spec.tensors_before_head()
@@ -207,13 +200,21 @@ def _head_tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
         yield TensorSpec(f"{spec.head.name}.bias", (spec.head.out_features,))
 
 
+def _made_from(source: ModelSource) -> Source:
+    """The model as a manifest names it. A graph is known by its own manifest, which has the hashes of its files."""
+    if source.folder is None or stored_format(source) != "onnx":
+        return source_entry(source)
+    fingerprint = hashlib.sha256((source.folder / MANIFEST).read_bytes()).hexdigest()
+    return Source(name=Path(source.name).name, fingerprint=fingerprint)
+
+
 def _write_companions(plan: Plan, source: ModelSource, files: tuple[StageFile, ...], folder: Path) -> None:
     write_json(folder / CONFIG, {name: value for name, value in source.config.items() if name != QUANTIZATION})
     if source.generation_config:
         write_json(folder / GENERATION_CONFIG, source.generation_config)
     if source.gguf is not None or source.tokenizer_files():
         source.write_tokenizer(folder)
-    name = source_entry(source).name
+    name = _made_from(source).name
     entries = [asdict(file) for file in files]
     write_json(folder / STAGES, {"schema": SCHEMA, "model": name, "schemes": dict(plan.schemes), "stages": entries})
     (folder / MODEL_CARD).write_text(stages_card(name, files), encoding="utf-8")

@@ -54,7 +54,7 @@ def require_equal(found, expected):
 def test_what_was_written_is_read_back(stored, scheme, dtype):
     weight, packed = stored(scheme, dtype)
     packed.require(LINEAR, parse_scheme(scheme))
-    require_equal(packed.read(LINEAR, parse_scheme(scheme)), weight)
+    require_equal(packed.read_integers(LINEAR, parse_scheme(scheme)), weight)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -63,9 +63,9 @@ def test_a_part_is_that_of_the_whole(stored, monkeypatch, scheme, at_once):
     monkeypatch.setattr("llmopt.export.checkpoint.packed._UNPACKED_AT_ONCE", at_once)
     weight, packed = stored(scheme)
     whole_OI = weight.dequantize()
-    some = packed.read(LINEAR, parse_scheme(scheme), rows=((3, 10), (15, 24)))
+    some = packed.read_integers(LINEAR, parse_scheme(scheme), rows=((3, 10), (15, 24)))
     assert torch.equal(some.dequantize(), torch.cat([whole_OI[3:10], whole_OI[15:24]]))
-    some = packed.read(LINEAR, parse_scheme(scheme), columns=((64, 192),))
+    some = packed.read_integers(LINEAR, parse_scheme(scheme), columns=((64, 192),))
     assert torch.equal(some.dequantize(), whole_OI[:, 64:192])
 
 
@@ -73,7 +73,7 @@ def test_codes_are_those_that_compressed_tensors_unpacks(stored, tmp_path):
     _, packed = stored("w4a16-g64-sym")
     words = load_file(tmp_path / "m.safetensors")["down.weight_packed"]
     signed = unpack_from_int32(words, 4, torch.Size((24, 192)))
-    codes_OI = packed.read(LINEAR, parse_scheme("w4a16-g64-sym")).codes_OI
+    codes_OI = packed.read_integers(LINEAR, parse_scheme("w4a16-g64-sym")).codes_OI
     assert torch.equal(codes_OI.to(torch.int8) - 8, signed)
 
 

@@ -79,6 +79,16 @@ def test_integers_are_those_of_the_artifact(tiny_qwen2, partition, tmp_path, sch
     assert relative_error(found, engine.logits(IDS_BT)) < (0.02 if scheme == "w4a16" else 1e-4)
 
 
+def test_a_graph_is_cut_with_its_own_codes(tiny_llama, partition, tmp_path):
+    whole = tmp_path / "whole"
+    quantize(QuantizeRequest(model=str(tiny_llama), output=whole, scheme=parse_scheme("w4a16"), method="search"))
+    assert partition(whole) == 0
+    for path in [*(tmp_path / "stages").glob("*.onnx"), whole / "model.onnx"]:
+        path.write_bytes(in_float32(onnx.load(path, load_external_data=False)).SerializeToString())
+    expected = OrtEngine(whole, 1).logits(IDS_BT)
+    assert relative_error(StagesEngine(tmp_path / "stages", 1).logits(IDS_BT), expected) < 1e-5
+
+
 def test_generate_runs_them(tiny_llama, partition, tmp_path, capsys):
     assert partition(tiny_llama) == 0
     capsys.readouterr()

@@ -55,7 +55,7 @@ class PackedWeights:
         found = self._stored.get(f"{linear.name}.weight_scale")
         return torch.float32 if found is None else _SCALES.get(found.dtype, torch.float32)
 
-    def read(self, linear: Linear, scheme: Scheme, rows: Ranges = (), columns: Ranges = ()) -> QuantizedWeight:
+    def read_integers(self, linear: Linear, scheme: Scheme, rows: Ranges = (), columns: Ranges = ()) -> QuantizedWeight:
         """Some rows (outputs) and columns (inputs) of a weight; columns begin and end with groups.
 
         Raises:

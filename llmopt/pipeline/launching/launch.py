@@ -19,11 +19,11 @@ from llmopt.pipeline.launching.plans import cluster_of, device_of, hash_of, layo
 from llmopt.pipeline.launching.rank import Outcome
 from llmopt.pipeline.launching.result import Compared, LaunchResult, latencies_ms, stage_results
 from llmopt.pipeline.launching.run import DTYPES, outcome_of, run_job
-from llmopt.pipeline.launching.shards import MANIFEST, materialize, require_shards
+from llmopt.pipeline.launching.shards import MANIFEST, materialize, require_shards, shards_format
 from llmopt.pipeline.launching.verify import verified
 from llmopt.pipeline.launching.weights import parse_schemes
 from llmopt.pipeline.ranks import place
-from llmopt.pipeline.stored import open_model, stored_schemes
+from llmopt.pipeline.stored import Format, open_model, stored_format, stored_schemes
 from llmopt.progress import Progress
 from llmopt.quantize.scheme import Scheme, parse_scheme
 from llmopt.words import counted
@@ -95,7 +95,7 @@ def _job(plan: Plan, request: LaunchRequest, source: ModelSource) -> Job:
         layout=layout_of(plan),
         dtype=plan.dtype or FLOAT,
         schemes=plan.schemes,
-        stored=stored_schemes(source) is not None,
+        stored=_format(source, request),
         ids_BT=ids_BT,
         output=plan.workload.output,
         cut=micro_batches(plan.micro_batches, len(ids_BT), len(ids_BT[0])),
@@ -114,9 +114,19 @@ def _source(plan: Plan, request: LaunchRequest) -> ModelSource:
     return open_model(plan.model, revision=plan.revision)
 
 
+def _are_shards(source: ModelSource, request: LaunchRequest) -> bool:
+    return request.materialize is not None and source.folder == request.materialize
+
+
+def _format(source: ModelSource, request: LaunchRequest) -> Format | None:
+    """The format that integers are stored in; of shards, that which they are from."""
+    return shards_format(source.folder) if _are_shards(source, request) and source.folder else stored_format(source)
+
+
 def _require_possible(plan: Plan, source: ModelSource, request: LaunchRequest) -> None:
     """Find out before any process is started."""
-    spec, stored = source.spec, stored_schemes(source)
+    spec, stored = source.spec, None if _are_shards(source, request) else stored_schemes(source)
+    is_stored = _format(source, request) is not None
     if (plan.dtype or FLOAT) not in DTYPES:
         hint = f"plan for one of {', '.join(DTYPES)} with --dtype"
         raise UsageError(f"ranks do not compute in {plan.dtype}", where=str(request.plan), hint=hint)
@@ -132,12 +142,12 @@ def _require_possible(plan: Plan, source: ModelSource, request: LaunchRequest) -
             hint="make the plan anew with llmopt partition",
         )
     for number, stage in enumerate(plan.stages):
-        found = shared_by(spec, schemes, stage.tp, stored=stored is not None)
+        found = shared_by(spec, schemes, stage.tp, stored=is_stored)
         if not found.legal:
-            legal = ", ".join(map(str, legal_degrees(spec, schemes, stored=stored is not None)))
+            legal = ", ".join(map(str, legal_degrees(spec, schemes, stored=is_stored)))
             what = f"stage {number} cannot be cut over {stage.tp} ranks: {found.obstacle}"
             raise UsageError(what, where=str(request.plan), hint=f"legal degrees: {legal}")
-    if schemes and stored is None and request.materialize is not None:
+    if schemes and not is_stored and request.materialize is not None:
         hint = "llmopt quantize MODEL -o OUT --format hf, and a plan for OUT; without --materialize ranks round it"
         raise UsageError("the plan quantizes a model of floats as it is read", where=str(request.plan), hint=hint)
     if request.materialize is not None and place() != (0, 1):

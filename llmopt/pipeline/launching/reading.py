@@ -10,7 +10,7 @@ from llmopt.export.checkpoint.packed import Ranges
 from llmopt.model.checkpoint import Tensors
 from llmopt.model.spec import Linear
 from llmopt.partition.runtime.cut import Cut
-from llmopt.pipeline.stored import StoredWeights
+from llmopt.pipeline.stored_weights import StoredWeights
 from llmopt.quantize.int8 import sums_fit
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme

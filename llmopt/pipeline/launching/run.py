@@ -26,7 +26,8 @@ from llmopt.pipeline.launching.reading import AsStored, Reading, RoundedAsRead
 from llmopt.pipeline.launching.shards import Shard
 from llmopt.pipeline.launching.supervise import run_processes
 from llmopt.pipeline.launching.weights import parse_schemes, rank_linears, read_weights
-from llmopt.pipeline.stored import open_model, open_stored
+from llmopt.pipeline.stored import open_model
+from llmopt.pipeline.stored_weights import open_stored
 from llmopt.quantize.scheme import parse_scheme
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +65,7 @@ def _decoder_stage(job: Job, spec: ModelSpec, seat: Seat, wire: Wire, advance: C
     schemes = parse_schemes(spec, job.schemes)
     with _reading(job, seat) as reading:
         cuts = DecoderStage.cuts(spec, job.layout, seat)
-        weights = read_weights(cuts, reading, schemes, placed, symmetric=job.stored)
+        weights = read_weights(cuts, reading, schemes, placed, symmetric=job.symmetric)
     cut = job.layout.stages[seat.stage].degree > 1
     stage = DecoderStage(
         spec,
@@ -91,7 +92,7 @@ def _reading(job: Job, seat: Seat) -> Iterator[Reading]:
             yield shard
         return
     source = open_model(job.model, revision=job.revision)
-    if job.stored:
+    if job.stored is not None:
         schemes = {name: parse_scheme(text) for name, text in job.schemes.items()}
         with open_stored(source, schemes) as stored:
             yield AsStored(stored)

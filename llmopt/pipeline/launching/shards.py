@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from llmopt.artifact import staged, write_json
-from llmopt.errors import ArtifactError
+from llmopt.errors import ArtifactError, UnsupportedError
 from llmopt.export.checkpoint.compressed_tensors import CompressedTensors
 from llmopt.export.checkpoint.files import Entry, SafetensorsFiles
 from llmopt.export.checkpoint.packed import PackedWeights
-from llmopt.model.checkpoint import Checkpoint, open_checkpoint
+from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.decode import decode
 from llmopt.model.safetensors_files import read_metadata, read_tables
 from llmopt.model.source import CONFIG, ModelSource
@@ -33,7 +33,8 @@ from llmopt.partition.runtime.cut import Cut
 from llmopt.partition.runtime.layout import Layout
 from llmopt.partition.runtime.stage import DecoderStage
 from llmopt.pipeline.launching.reading import AsStored, sound
-from llmopt.pipeline.stored import Schemes, StoredWeights, open_stored
+from llmopt.pipeline.stored import Format, Schemes, stored_format
+from llmopt.pipeline.stored_weights import Floats, StoredWeights, open_stored
 from llmopt.progress import Progress
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
@@ -59,11 +60,15 @@ def materialize(
     `schemes` are those that the model's weights are stored in; None: it is one of floats.
 
     Raises:
+        UnsupportedError: shards cannot hold its weights.
         ArtifactError: shards of another plan, or something else, are in the folder.
     """
     if (folder / MANIFEST).exists():
         require_shards(folder, layout, plan_hash)
         return
+    if source.spec.before_head is not None:
+        what = "the model was turned into another basis, and shards have no place for the product that turns it back"
+        raise UnsupportedError(what, hint="launch it without --materialize")
     with staged(folder, force=False) as partial, _opened(source, schemes) as weights:
         files = []
         with progress.task("writing shards", total=layout.size) as task:
@@ -74,7 +79,8 @@ def materialize(
         write_json(partial / CONFIG, source.config)
         for path in source.tokenizer_files():
             shutil.copyfile(path, partial / path.name)
-        write_json(partial / MANIFEST, {"schema": SCHEMA, "plan": plan_hash, "model": source.name, "ranks": files})
+        made = {"schema": SCHEMA, "plan": plan_hash, "model": source.name, "stored": stored_format(source)}
+        write_json(partial / MANIFEST, made | {"ranks": files})
 
 
 def require_shards(folder: Path, layout: Layout, plan_hash: str, rank: int | None = None) -> None:
@@ -109,6 +115,16 @@ def require_shards(folder: Path, layout: Layout, plan_hash: str, rank: int | Non
             raise ArtifactError(what, where=str(shard), hint=_AGAIN)
 
 
+def shards_format(folder: Path) -> Format | None:
+    """The format of the integers that shards are from; None of floats.
+
+    Raises:
+        ArtifactError: there are no shards.
+    """
+    found = _read(folder / MANIFEST).get("stored")
+    return found if found in get_args(Format) else None
+
+
 class Shard:
     """The tensors of one rank, cut already; satisfies `Reading`. Bytes are read, not mapped, as of a checkpoint.
 
@@ -134,7 +150,7 @@ class Shard:
         """See `Reading`."""
         local = local_linear(cut, linear)
         self._integers.require(local, scheme)
-        return sound(self._integers.read(local, scheme), linear.name)
+        return sound(self._integers.read_integers(local, scheme), linear.name)
 
     def close(self) -> None:
         """Close its file. Reading again opens it again."""
@@ -154,7 +170,7 @@ class _Share:
 class _Weights:
     """A model, cut for shards. Floats are read from `floats`."""
 
-    floats: Checkpoint
+    floats: Floats
     stored: StoredWeights | None = None
 
     def share(self, cut: Cut) -> _Share:
@@ -164,6 +180,9 @@ class _Weights:
             return _Share((entry,), lambda: {entry.name: cut.read(self.floats).to(dtype)})
         linear, scheme = self.stored.linears[cut.tensor.name]
         packing, local = CompressedTensors(self.stored.integers.scale_dtype(linear)), local_linear(cut, linear)
+        if local.in_features % (scheme.group_size or 1):
+            what = f"{linear.name} has a last group that is not full, which shards do not hold"
+            raise UnsupportedError(what, hint="launch it without --materialize")
         reading = AsStored(self.stored)
         entries = tuple(packing.entries(local, scheme))
         return _Share(entries, lambda: packing.tensors(local, reading.quantized(cut, linear, scheme)))

@@ -17,7 +17,7 @@ from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.rank import Outcome
 from llmopt.pipeline.launching.result import Verified
 from llmopt.pipeline.launching.weights import ReferenceTensors, parse_schemes, reference_linears
-from llmopt.pipeline.stored import open_stored
+from llmopt.pipeline.stored_weights import open_stored
 from llmopt.quantize.scheme import parse_scheme
 
 LOGIT_TOLERANCE = 1e-4
@@ -37,7 +37,7 @@ def verified(job: Job, outcome: Outcome, source: ModelSource) -> Verified:
     schemes = parse_schemes(source.spec, job.schemes)
     whole_BT = torch.cat([torch.tensor(job.ids_BT), outcome.ids_BT], 1)[:, :-1]
     with _tensors(job, source) as tensors, torch.inference_mode():
-        linears = reference_linears(schemes, symmetric=job.stored)
+        linears = reference_linears(schemes, symmetric=job.symmetric)
         engine = TorchEngine(source.spec, tensors, linears=linears)
         expected_BTV = engine.logits_behind(whole_BT, len(job.ids_BT[0]) - 1)
     difference_BTV = outcome.logits_BTV - expected_BTV
@@ -53,7 +53,7 @@ def verified(job: Job, outcome: Outcome, source: ModelSource) -> Verified:
 @contextmanager
 def _tensors(job: Job, source: ModelSource) -> Iterator[Tensors]:
     """What codes stand for: those of the model itself, or of what is rounded as it is read."""
-    if job.stored:
+    if job.stored is not None:
         with open_stored(source, {name: parse_scheme(text) for name, text in job.schemes.items()}) as stored:
             yield stored
         return

@@ -3,13 +3,17 @@
 import json
 import shutil
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llmopt.cli.app import app
 from llmopt.cli.outcome import run
+from llmopt.engine.ort import OrtEngine
 from llmopt.engine.transformers import TransformersEngine
+from llmopt.export.onnx.levels import in_float32
 from llmopt.pipeline.quantize import quantize
 from llmopt.pipeline.request import QuantizeRequest
 from llmopt.quantize.scheme import parse_scheme
@@ -81,11 +85,8 @@ def launched(plan, capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-def in_transformers(folder, result):
-    """The tokens that transformers finds likeliest behind each of those that were launched."""
-    engine = TransformersEngine(folder, 1)
-    import numpy as np
-
+def likeliest(engine, result):
+    """The tokens that another engine finds likeliest behind each of those that were launched."""
     prompts = np.random.default_rng(0).integers(0, 101, (2, 6))
     whole = np.concatenate([prompts, np.array(result["tokens"])], 1)
     return engine.logits(whole)[:, 5:-1].argmax(-1).tolist()
@@ -102,7 +103,7 @@ def test_ranks_compute_with_the_codes_that_are_stored(artifact, planned, capsys,
     assert found["verified"]["tokens_equal"]
     if scheme != "w8a8":  # there sums in another order round to other neighbours
         assert found["verified"]["largest_difference"] < 1e-4
-    assert found["tokens"] == in_transformers(folder, found)
+    assert found["tokens"] == likeliest(TransformersEngine(folder, 1), found)
     shards = plan.parent / "shards"
     again = launched(plan, capsys, "--materialize", str(shards))
     assert again["tokens"] == found["tokens"]
@@ -160,14 +161,36 @@ def test_a_model_of_floats_is_not_sharded_as_integers(wide, planned, capsys):
     assert "--format hf" in told
 
 
-@pytest.mark.parametrize("format_", ["gptq", "onnx"])
-def test_other_formats_are_refused(artifact, planned, capsys, format_):
+def test_other_formats_are_refused(artifact, planned, capsys):
     folder = artifact("w8a16")
     plan, model = planned(folder, "--split", "4"), folder.parent / "model"
-    output = plan.parent / format_
-    quantize(QuantizeRequest(model=str(model), output=output, scheme=parse_scheme("w8a16"), format=format_))
+    output = plan.parent / "gptq"
+    quantize(QuantizeRequest(model=str(model), output=output, scheme=parse_scheme("w8a16"), format="gptq"))
     told = refused(capsys, "partition", output, *beside(plan))
-    assert f"ranks cannot read their parts of an artifact of format {format_}" in told
+    assert "ranks cannot read their parts of an artifact of format gptq" in told
+
+
+@pytest.mark.parametrize(("scheme", "method"), [("w4a16", "rtn"), ("w8a8", "rtn"), ("w8a16-channel", "rotate")])
+def test_graphs_are_launched_with_their_own_codes_too(artifact, planned, capsys, scheme, method):
+    folder = artifact("w8a16").parent / f"{scheme}-{method}"
+    model = str(folder.parent / "model")
+    calibrated = {} if method == "rtn" else {"calib_tokens": 512}
+    quantize(QuantizeRequest(model=model, output=folder, scheme=parse_scheme(scheme), method=method, **calibrated))
+    plan = planned(folder, "--split", "2,2", "--tp", "2")
+    assert json.loads(plan.read_text())["schemes"]["lm_head"] == "w8a16-g64-sym"
+    found = launched(plan, capsys, "--verify")
+    assert found["verified"]["tokens_equal"]
+    if scheme != "w8a8":
+        path = folder / "model.onnx"
+        path.write_bytes(in_float32(onnx.load(path, load_external_data=False)).SerializeToString())
+        assert found["tokens"] == likeliest(OrtEngine(folder, 1), found)
+    shards = plan.parent / "shards"
+    if method == "rotate":
+        told = refused(capsys, "launch", plan, "--materialize", shards)
+        assert "turned into another basis" in told
+        return
+    for _ in range(2):  # those that are written, and those that are there
+        assert launched(plan, capsys, "--materialize", str(shards))["tokens"] == found["tokens"]
 
 
 def test_a_damaged_tensor_is_named(artifact, planned, capsys, tmp_path):
