@@ -13,12 +13,20 @@ from llmopt.cli.app import app
 from llmopt.cli.outcome import run
 from llmopt.engine.ort import OrtEngine
 from llmopt.engine.transformers import TransformersEngine
+from llmopt.errors import UnsupportedError
 from llmopt.export.onnx.levels import in_float32
+from llmopt.pipeline.launching.job import Job
+from llmopt.pipeline.launching.shards import materialize
 from llmopt.pipeline.quantize import quantize
 from llmopt.pipeline.request import QuantizeRequest
+from llmopt.pipeline.stored import open_model, stored_format, stored_schemes
+from llmopt.progress import Silent
 from llmopt.quantize.scheme import parse_scheme
+from tests.forked import run_forked
+from tests.partition.ranks import layout_of
 from tests.plans import CLUSTER
 
+PROMPTS = ((5, 9, 77, 3, 100, 42), (1, 2, 3, 50, 60, 70))
 SCHEMES = ["w4a16-g32-sym", "w4a16", "w8a16", "w8a16-channel", "w8a8"]
 
 
@@ -85,30 +93,90 @@ def launched(plan, capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-def likeliest(engine, result):
-    """The tokens that another engine finds likeliest behind each of those that were launched."""
-    prompts = np.random.default_rng(0).integers(0, 101, (2, 6))
-    whole = np.concatenate([prompts, np.array(result["tokens"])], 1)
-    return engine.logits(whole)[:, 5:-1].argmax(-1).tolist()
+def forked(folder, layout, tmp_path, shards=None):
+    """What ranks of a model make of two prompts."""
+    source = open_model(str(folder), weights=False)
+    schemes = stored_schemes(source)
+    if shards is not None:
+        materialize(source, layout, "a" * 64, shards, Silent(), schemes=schemes)
+    job = Job(
+        model=str(folder) if shards is None else "not needed any more",
+        shards=None if shards is None else str(shards),
+        plan_hash="a" * 64,
+        layout=layout,
+        schemes={name: scheme.name for name, scheme in schemes.items()},
+        stored=stored_format(source),
+        ids_BT=PROMPTS,
+        output=4,
+        keep_logits=True,
+        timeout_s=30,
+    )
+    return run_forked(job, tmp_path)
+
+
+def behind(engine, ids_BT):
+    """Another engine's logits behind the prompts and the tokens that followed."""
+    whole = np.concatenate([np.array(PROMPTS), ids_BT.numpy()], 1)
+    return torch.from_numpy(engine.logits(whole)[:, 5:-1])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("split", [["--split", "2,2", "--tp", "2"], ["--split", "1,1,2", "--tp", "1"]])
-def test_ranks_compute_with_the_codes_that_are_stored(artifact, planned, capsys, scheme, split):
-    folder = artifact(scheme)
-    plan = planned(folder, *split)
-    content = json.loads(plan.read_text())
-    assert set(content["schemes"].values()) == {parse_scheme(scheme).name}
+@pytest.mark.parametrize("stages", [((2, 2), (2, 2)), ((1, 1), (1, 3), (2, 1))])
+def test_ranks_compute_what_transformers_does_from_the_codes_that_are_stored(artifact, tmp_path, scheme, stages):
+    folder, layout = artifact(scheme), layout_of(*stages)
+    found = forked(folder, layout, tmp_path)
+    expected_BTV = behind(TransformersEngine(folder, 1), found.ids_BT)
+    assert torch.equal(found.ids_BT, expected_BTV.argmax(-1))
+    if scheme == "w8a8":  # sums in another order round to other neighbours
+        assert (found.logits_BTV - expected_BTV).norm() < 0.05 * expected_BTV.norm()
+    else:
+        torch.testing.assert_close(found.logits_BTV, expected_BTV, atol=1e-4, rtol=0)
+    again = forked(folder, layout, tmp_path, tmp_path / "shards")
+    assert torch.equal(again.logits_BTV, found.logits_BTV)
+    held = load_file(tmp_path / "shards" / "rank-00001" / "model.safetensors")
+    assert any(tensor.dtype in {torch.int32, torch.int8} for tensor in held.values())
+
+
+def test_a_quantized_model_is_planned_and_launched_as_people_do(artifact, planned, capsys):
+    plan = planned(artifact("w4a16-g32-sym"), "--split", "2,2", "--tp", "1")
+    assert set(json.loads(plan.read_text())["schemes"].values()) == {"w4a16-g32-sym"}
     found = launched(plan, capsys, "--verify")
     assert found["verified"]["tokens_equal"]
-    if scheme != "w8a8":  # there sums in another order round to other neighbours
-        assert found["verified"]["largest_difference"] < 1e-4
-    assert found["tokens"] == likeliest(TransformersEngine(folder, 1), found)
+    assert found["verified"]["largest_difference"] < 1e-4
     shards = plan.parent / "shards"
-    again = launched(plan, capsys, "--materialize", str(shards))
-    assert again["tokens"] == found["tokens"]
-    held = load_file(shards / "rank-00001" / "model.safetensors")
-    assert any(tensor.dtype in {torch.int32, torch.int8} for tensor in held.values())
+    for _ in range(2):  # those that are written, and those that are there
+        assert launched(plan, capsys, "--materialize", str(shards))["tokens"] == found["tokens"]
+
+
+@pytest.mark.parametrize(("scheme", "method"), [("w4a16", "rtn"), ("w8a8", "rtn"), ("w8a16-channel", "rotate")])
+def test_graphs_are_launched_with_their_own_codes_too(artifact, tmp_path, scheme, method):
+    model = str(artifact("w8a16").parent / "model")
+    more = {} if method == "rtn" else {"calib_tokens": 512}
+    folder, layout = tmp_path / "graph", layout_of((2, 2), (2, 1))
+    quantize(QuantizeRequest(model=model, output=folder, scheme=parse_scheme(scheme), method=method, **more))
+    found = forked(folder, layout, tmp_path)
+    turned = open_model(str(folder), weights=False).spec.before_head is not None
+    assert turned == (method == "rotate")
+    if turned:
+        with pytest.raises(UnsupportedError, match="turned into another basis"):
+            forked(folder, layout, tmp_path, tmp_path / "shards")
+    else:
+        assert torch.equal(forked(folder, layout, tmp_path, tmp_path / "shards").logits_BTV, found.logits_BTV)
+    path = folder / "model.onnx"
+    path.write_bytes(in_float32(onnx.load(path, load_external_data=False), integers=True).SerializeToString())
+    expected_BTV = behind(OrtEngine(folder, 1), found.ids_BT)
+    assert torch.equal(found.ids_BT, expected_BTV.argmax(-1))
+    error = (found.logits_BTV - expected_BTV).norm() / expected_BTV.norm()
+    assert error < (0.05 if scheme == "w8a8" else 1e-5)
+
+
+def test_a_graph_is_planned_with_its_table(artifact, planned, capsys):
+    folder = artifact("w8a16").parent / "planned"
+    model = str(folder.parent / "model")
+    quantize(QuantizeRequest(model=model, output=folder, scheme=parse_scheme("w4a16"), force=True))
+    plan = planned(folder, "--split", "2,2", "--tp", "1")
+    assert json.loads(plan.read_text())["schemes"]["lm_head"] == "w8a16-g64-sym"
+    assert launched(plan, capsys, "--verify", "--materialize", str(plan.parent / "shards"))["verified"]["tokens_equal"]
 
 
 def edited(plan, **changes):
@@ -168,29 +236,6 @@ def test_other_formats_are_refused(artifact, planned, capsys):
     quantize(QuantizeRequest(model=str(model), output=output, scheme=parse_scheme("w8a16"), format="gptq"))
     told = refused(capsys, "partition", output, *beside(plan))
     assert "ranks cannot read their parts of an artifact of format gptq" in told
-
-
-@pytest.mark.parametrize(("scheme", "method"), [("w4a16", "rtn"), ("w8a8", "rtn"), ("w8a16-channel", "rotate")])
-def test_graphs_are_launched_with_their_own_codes_too(artifact, planned, capsys, scheme, method):
-    folder = artifact("w8a16").parent / f"{scheme}-{method}"
-    model = str(folder.parent / "model")
-    calibrated = {} if method == "rtn" else {"calib_tokens": 512}
-    quantize(QuantizeRequest(model=model, output=folder, scheme=parse_scheme(scheme), method=method, **calibrated))
-    plan = planned(folder, "--split", "2,2", "--tp", "2")
-    assert json.loads(plan.read_text())["schemes"]["lm_head"] == "w8a16-g64-sym"
-    found = launched(plan, capsys, "--verify")
-    assert found["verified"]["tokens_equal"]
-    if scheme != "w8a8":
-        path = folder / "model.onnx"
-        path.write_bytes(in_float32(onnx.load(path, load_external_data=False)).SerializeToString())
-        assert found["tokens"] == likeliest(OrtEngine(folder, 1), found)
-    shards = plan.parent / "shards"
-    if method == "rotate":
-        told = refused(capsys, "launch", plan, "--materialize", shards)
-        assert "turned into another basis" in told
-        return
-    for _ in range(2):  # those that are written, and those that are there
-        assert launched(plan, capsys, "--materialize", str(shards))["tokens"] == found["tokens"]
 
 
 def test_a_damaged_tensor_is_named(artifact, planned, capsys, tmp_path):
