@@ -4,6 +4,7 @@ What `llmopt quantize` writes in the formats onnx and hf is one, and so is any c
 schemes that llmopt has names for. A model of floats is none.
 """
 
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -34,7 +35,7 @@ def open_model(
         UnsupportedError: it is an artifact of which ranks cannot read their parts.
         LlmoptError: see `open_source`.
     """
-    path = Path(model)
+    path = Path(os.path.expanduser(model))
     made = read_manifest(path) if (path / MANIFEST).is_file() else None
     if made is None or made.format == "hf":
         return open_source(model, revision=revision, weights=weights, quantized=True, progress=progress)
