@@ -15,6 +15,9 @@ from llmopt.engine.ort import OrtEngine
 from llmopt.engine.transformers import TransformersEngine
 from llmopt.errors import UnsupportedError
 from llmopt.export.onnx.levels import in_float32
+from llmopt.model.checkpoint import open_checkpoint
+from llmopt.model.source import open_source
+from llmopt.model.turned import TurnedTensors
 from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.shards import materialize
 from llmopt.pipeline.quantize import quantize
@@ -22,6 +25,7 @@ from llmopt.pipeline.request import QuantizeRequest
 from llmopt.pipeline.stored import open_model, stored_format, stored_schemes
 from llmopt.progress import Silent
 from llmopt.quantize.scheme import parse_scheme
+from tests.decoders import write_decoder
 from tests.forked import run_forked
 from tests.partition.ranks import layout_of
 from tests.plans import CLUSTER
@@ -148,15 +152,23 @@ def test_a_quantized_model_is_planned_and_launched_as_people_do(artifact, planne
         assert launched(plan, capsys, "--materialize", str(shards))["tokens"] == found["tokens"]
 
 
-@pytest.mark.parametrize(("scheme", "method"), [("w4a16", "rtn"), ("w8a8", "rtn"), ("w8a16-channel", "rotate")])
-def test_graphs_are_launched_with_their_own_codes_too(artifact, tmp_path, scheme, method):
+def turn(folder, model):
+    """Write a graph of the model in another basis into the folder of one."""
+    source = open_source(model)
+    turn_HH, _ = torch.linalg.qr(torch.randn(384, 384, generator=torch.Generator().manual_seed(0)))
+    with open_checkpoint(source) as checkpoint:
+        turned = TurnedTensors(checkpoint, source.spec, turn_HH)
+        write_decoder(folder, turned.spec, turned, lambda name: "w8a16", [np.array(PROMPTS[0])])
+
+
+@pytest.mark.parametrize(("scheme", "turned"), [("w4a16", False), ("w8a8", False), ("w8a16", True)])
+def test_graphs_are_launched_with_their_own_codes_too(artifact, tmp_path, scheme, turned):
     model = str(artifact("w8a16").parent / "model")
-    more = {} if method == "rtn" else {"calib_tokens": 512}
     folder, layout = tmp_path / "graph", layout_of((2, 2), (2, 1))
-    quantize(QuantizeRequest(model=model, output=folder, scheme=parse_scheme(scheme), method=method, **more))
+    quantize(QuantizeRequest(model=model, output=folder, scheme=parse_scheme(scheme)))
+    if turned:
+        turn(folder, model)
     found = forked(folder, layout, tmp_path)
-    turned = open_model(str(folder), weights=False).spec.before_head is not None
-    assert turned == (method == "rotate")
     if turned:
         with pytest.raises(UnsupportedError, match="turned into another basis"):
             forked(folder, layout, tmp_path, tmp_path / "shards")
