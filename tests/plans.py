@@ -9,8 +9,14 @@ CLUSTER = {
 }
 
 
-def plan_file(path, model, stages, *, prompt=6, output=4, batch=2, **options):
-    """Write a plan of stages (blocks, tensor-parallel degree); `options` go before all else."""
+def plan_file(path, model, stages, **options):
+    """Write a plan; see `plan_content`."""
+    path.write_text(json.dumps(plan_content(model, stages, **options)))
+    return path
+
+
+def plan_content(model, stages, *, prompt=6, output=4, batch=2, **options):
+    """A plan of stages (blocks, tensor-parallel degree); `options` go before all else."""
     first, ranks, found = 0, 0, []
     for number, (blocks, degree) in enumerate(stages):
         found.append(
@@ -37,5 +43,4 @@ def plan_file(path, model, stages, *, prompt=6, output=4, batch=2, **options):
         "stages": found,
         "predicted": {"ttft_ms": 10.0, "tpot_ms": 3.0, "throughput_tokens_per_s": 100.0},
     }
-    path.write_text(json.dumps(plan | options))
-    return path
+    return plan | options

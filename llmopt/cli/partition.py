@@ -54,7 +54,15 @@ def partition(
         Path | None, typer.Option("--timeline", metavar="FILE.svg", help="Draw when each stage computes.")
     ] = None,
     export: Annotated[
-        str | None, typer.Option("--export", metavar="ENGINE", help="Say it to vllm, sglang or accelerate as well.")
+        str | None,
+        typer.Option(
+            "--export",
+            metavar="ENGINE",
+            help="Say it to vllm, sglang or accelerate as well, or write it as onnx graphs.",
+        ),
+    ] = None,
+    export_to: Annotated[
+        Path | None, typer.Option("--export-to", metavar="FOLDER", help="Where onnx graphs go, one for each stage.")
     ] = None,
     revision: Revision = None,
     force: Force = False,
@@ -91,6 +99,7 @@ def partition(
             order=order,
             timeline=timeline,
             export=export,
+            export_to=export_to,
             revision=revision,
             force=force,
         ),

@@ -4,8 +4,7 @@ Bytes are read, not mapped: a mapped page that was touched counts as resident me
 peak memory is one of the numbers that this project reports.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from io import FileIO
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -18,7 +17,7 @@ from llmopt.model.decode import decodable, decode, require_finite
 from llmopt.model.families import family_of
 from llmopt.model.source import ModelSource
 from llmopt.model.spec import ModelSpec, TensorSpec
-from llmopt.model.stored import StoredTensor, damaged, open_file
+from llmopt.model.stored import OpenFiles, StoredTensor, damaged
 
 Array = np.ndarray[Any, Any]
 Restore = Callable[[str, Array], Array]
@@ -35,8 +34,8 @@ _TIED_HEADS = ("lm_head.weight", "output.weight")
 _DECODED_AT_ONCE = 1 << 22  # values: what a tensor takes beyond itself while it is read is a few times 16 MiB
 
 
-def open_checkpoint(source: ModelSource) -> "Checkpoint":
-    """Find every tensor of the source's spec, with its shape, before any weight is read.
+def open_checkpoint(source: ModelSource, without: Collection[str] = ()) -> "Checkpoint":
+    """Find every tensor of the source's spec, with its shape, before any weight is read; but for those `without`.
 
     Raises:
         ModelError: a file is damaged, or a tensor is missing or has another shape.
@@ -54,7 +53,7 @@ def open_checkpoint(source: ModelSource) -> "Checkpoint":
         return Checkpoint(source.spec, stored, where=where, restore=restore)
     assert source.folder is not None
     tables = safetensors_files.read_tables(source.folder)
-    return Checkpoint(source.spec, _rename(tables, source.spec), where=str(source.folder))
+    return Checkpoint(source.spec, _rename(tables, source.spec), where=str(source.folder), without=without)
 
 
 class Tensors(Protocol):
@@ -72,18 +71,26 @@ class Tensors(Protocol):
 class Checkpoint:
     """Float32 tensors by their `TensorSpec`. Use it as a context manager: it keeps files open between reads.
 
+    Tensors named in `without` need not be there, and cannot be read.
     `restore(name, tensor)` undoes what a converter did to a tensor; it leaves the tables of embedding and head alone.
     """
 
     def __init__(
-        self, spec: ModelSpec, stored: Mapping[str, StoredTensor], *, where: str, restore: Restore | None = None
+        self,
+        spec: ModelSpec,
+        stored: Mapping[str, StoredTensor],
+        *,
+        where: str,
+        restore: Restore | None = None,
+        without: Collection[str] = (),
     ) -> None:
-        self._stored = _select(spec, stored, where=where, any_order=restore is not None)
+        wanted = [tensor for tensor in spec.tensors() if tensor.name not in without]
+        self._stored = _select(wanted, stored, where=where, any_order=restore is not None)
         self._ignored = tuple(sorted(tensor.name for name, tensor in stored.items() if name not in self._stored))
         self._tied = spec.tied
         self._tables = {f"{spec.embedding.name}.weight", spec.head.weight.name}
         self._restore = restore
-        self._files: dict[str, FileIO] = {}
+        self._files = OpenFiles()
 
     def __enter__(self) -> Self:
         return self
@@ -95,9 +102,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files. Reading again opens them again."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._files.close()
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -151,21 +156,9 @@ class Checkpoint:
         buffer_RB = torch.empty((at_once, stored.row_bytes), dtype=torch.uint8)
         for first in range(start, stop, at_once):
             raw_RB = buffer_RB[: min(at_once, stop - first)]
-            self._fill(raw_RB, stored, first)
+            self._files.fill(memoryview(raw_RB.numpy().reshape(-1).data), stored, first * stored.row_bytes)
             values[first - start : first - start + len(raw_RB)] = decode(raw_RB, stored.dtype)
         return values.reshape((stop - start, *stored.shape[1:]) if len(stored.shape) > 1 else stored.shape)
-
-    def _fill(self, raw_RB: torch.Tensor, stored: StoredTensor, first_row: int) -> None:
-        key = str(stored.file)
-        if key not in self._files:
-            self._files[key] = open_file(stored.file)
-        file, wanted = self._files[key], memoryview(raw_RB.numpy().reshape(-1).data)
-        file.seek(stored.offset + first_row * stored.row_bytes)
-        while wanted:
-            count = file.readinto(wanted)
-            if not count:
-                raise damaged(f"{stored.name} is cut off", stored.file)
-            wanted = wanted[count:]
 
 
 def _is_harmless(name: str, *, tied: bool) -> bool:
@@ -190,16 +183,16 @@ def _rename(tables: Mapping[str, StoredTensor], spec: ModelSpec) -> dict[str, St
 
 
 def _select(
-    spec: ModelSpec, stored: Mapping[str, StoredTensor], *, where: str, any_order: bool
+    wanted: Sequence[TensorSpec], stored: Mapping[str, StoredTensor], *, where: str, any_order: bool
 ) -> dict[str, StoredTensor]:
-    """What the spec asks for. With `any_order`, axes may stand in another order: a converter turned them round."""
-    missing = [tensor.name for tensor in spec.tensors() if tensor.name not in stored]
+    """What is asked for. With `any_order`, axes may stand in another order: a converter turned them round."""
+    missing = [tensor.name for tensor in wanted if tensor.name not in stored]
     if missing:
         what = f"the checkpoint lacks {_first_of(missing)}"
         raise ModelError(what, where=where, hint="is the download complete, and is this the model's own config.json?")
-    for tensor in spec.tensors():
+    for tensor in wanted:
         _check(tensor, stored[tensor.name], any_order=any_order)
-    return {tensor.name: stored[tensor.name] for tensor in spec.tensors()}
+    return {tensor.name: stored[tensor.name] for tensor in wanted}
 
 
 def _check(tensor: TensorSpec, stored: StoredTensor, *, any_order: bool) -> None:

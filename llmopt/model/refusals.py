@@ -49,14 +49,14 @@ def require_safetensors(folder: Path, *, hint: str) -> None:
     raise ModelError("the model has no safetensors file", where=str(folder), hint=hint)
 
 
-def require_plain(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse what a spec cannot say: weights that are quantized already, and a model that is code.
+def require_plain(config: Mapping[str, Any], *, where: str, quantized: bool = False) -> None:
+    """Refuse what a spec cannot say: weights that are quantized, unless they may be, and a model that is code.
 
     Raises:
         UnsupportedError: naming the method of quantization, or the type of the model.
     """
     quantization = config.get("quantization_config")
-    if quantization:
+    if quantization and not (quantized and isinstance(quantization, Mapping)):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         what = f"the weights are already quantized ({method or 'by an unknown method'})"
         raise UnsupportedError(what, where=where, hint="give the model that it was made from")

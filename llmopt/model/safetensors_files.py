@@ -82,6 +82,18 @@ def read_table(file: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What the header of a file says besides its tensors.
+
+    Raises:
+        ModelError: the header is cut off, or contradicts itself.
+    """
+    said = _read_header(file, file_size(file))[0].get("__metadata__", {})
+    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+        raise damaged("the header's metadata cannot be read", file)
+    return said
+
+
 def inside(folder: Path, name: str, *, where: Path) -> Path:
     """The file `name` of `folder`, which must not lead out of it, not even through a link.
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from llmopt.progress import Progress, Silent
 
 DEMO = "demo"
 CONFIG = "config.json"
+QUANTIZATION = "quantization_config"  # of a config
 GENERATION_CONFIG = "generation_config.json"
 
 _TOKENIZER_FILES = (
@@ -64,6 +65,12 @@ class ModelSource:
     gguf: Path | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """What the config says of weights that are quantized; None if it says nothing."""
+        said = self.config.get(QUANTIZATION)
+        return said if isinstance(said, Mapping) else None
 
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the weights.
@@ -118,6 +125,7 @@ def open_source(
     revision: str | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
+    quantized: bool = False,
     progress: Progress = _SILENT,
 ) -> ModelSource:
     """Find a model and describe it. What exists on this machine is never looked for elsewhere.
@@ -127,13 +135,15 @@ def open_source(
         revision: branch, tag or commit of a model on the Hub.
         trust_remote_code: kept for those who open the tokenizer; weights and config never need it.
         weights: whether they will be read. Without, a config is enough, and nothing else is fetched.
+        quantized: whether weights may be stored as integers; `quantization` then says how.
         progress: where a download is announced.
 
     Raises:
         UsageError: a revision was given for something that is not on the Hub.
         ModelError: the model does not exist, cannot be fetched, is pickled, or its config is damaged.
-        UnsupportedError: its family is not supported, or its weights are quantized already.
+        UnsupportedError: its family is not supported, or its weights are quantized already and may not be.
     """
+    how = _How(weights=weights, quantized=quantized, trust_remote_code=trust_remote_code)
     path = Path(os.path.expanduser(model))  # unlike pathlib's, it leaves the home of an unknown user as it is
     local = model == DEMO or path.exists() or _looks_like_path(model)
     if local and revision is not None:
@@ -141,14 +151,14 @@ def open_source(
     if model == DEMO:
         from llmopt import demo  # noqa: PLC0415 (most models are not this one)
 
-        return _from_folder(model, demo.folder(), weights=weights, trust_remote_code=trust_remote_code)
+        return _from_folder(model, demo.folder(), how)
     if path.is_dir():
-        return _from_folder(model, path, weights=weights, trust_remote_code=trust_remote_code)
+        return _from_folder(model, path, how)
     if path.is_file():
         return _from_file(model, path)
     if local:
         raise ModelError("there is no such file or folder", where=model, hint="check the path")
-    return _from_hub(model, revision, trust_remote_code=trust_remote_code, weights=weights, progress=progress)
+    return _from_hub(model, revision, how, progress)
 
 
 def _looks_like_path(model: str) -> bool:
@@ -156,15 +166,22 @@ def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(("/", *_FILE_SUFFIXES))
 
 
-def _from_hub(
-    model: str, revision: str | None, *, trust_remote_code: bool, weights: bool, progress: Progress
-) -> ModelSource:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """What `open_source` was asked for."""
+
+    weights: bool
+    quantized: bool
+    trust_remote_code: bool
+
+
+def _from_hub(model: str, revision: str | None, how: _How, progress: Progress) -> ModelSource:
     """The config comes first: a model that cannot be used is refused before its weights are fetched."""
     from llmopt.model import hub  # noqa: PLC0415 (huggingface_hub is needed for this only)
 
     folder, commit = hub.fetch_config(model, revision=revision)
-    source = _from_folder(model, folder, weights=False, trust_remote_code=trust_remote_code, revision=commit)
-    if weights:
+    source = _from_folder(model, folder, replace(how, weights=False), revision=commit)
+    if how.weights:
         hub.fetch_weights(model, commit=commit, progress=progress)
         require_safetensors(folder, hint=f"{hub.download_command(model, revision)}; {CONVERT_PICKLES}")
     return source
@@ -179,24 +196,23 @@ def _from_file(model: str, path: Path) -> ModelSource:
     return ModelSource(name=model, config=config, spec=spec_from_config(config, where=str(path)), gguf=path)
 
 
-def _from_folder(
-    model: str, folder: Path, *, weights: bool, trust_remote_code: bool, revision: str | None = None
-) -> ModelSource:
+def _from_folder(model: str, folder: Path, how: _How, revision: str | None = None) -> ModelSource:
     path, generation = folder / CONFIG, folder / GENERATION_CONFIG
     if not path.is_file():
         raise no_config(folder)
     config = read_object(path)
-    require_plain(config, where=str(path))
-    if weights:
+    require_plain(config, where=str(path), quantized=how.quantized)
+    plain = {name: value for name, value in config.items() if name != QUANTIZATION}
+    if how.weights:
         require_safetensors(folder, hint="put the model's .safetensors files beside its config.json")
     return ModelSource(
         name=model,
         folder=folder,
         config=config,
-        spec=spec_from_config(config, where=str(path)),
+        spec=spec_from_config(plain, where=str(path)),
         generation_config=read_object(generation) if generation.is_file() else {},
         revision=revision,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=how.trust_remote_code,
     )
 
 

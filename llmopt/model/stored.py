@@ -40,6 +40,36 @@ class StoredTensor:
         return self.size_bytes // self.rows
 
 
+class OpenFiles:
+    """Byte ranges of files that stay open between reads. Plain reads: mapped pages would count as resident memory."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, FileIO] = {}
+
+    def fill(self, wanted: memoryview, stored: StoredTensor, skip: int = 0) -> None:
+        """Read as many bytes of a tensor as there is room for, behind the first `skip` of them.
+
+        Raises:
+            ModelError: the file cannot be opened, or ends before the tensor does.
+        """
+        key = str(stored.file)
+        if key not in self._files:
+            self._files[key] = open_file(stored.file)
+        file = self._files[key]
+        file.seek(stored.offset + skip)
+        while wanted:
+            count = file.readinto(wanted)  # at most 2 GiB at a time
+            if not count:
+                raise damaged(f"{stored.name} is cut off", stored.file)
+            wanted = wanted[count:]
+
+    def close(self) -> None:
+        """Close the files. Reading again opens them again."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
 def file_size(path: Path) -> int:
     """Size in bytes.
 

@@ -9,12 +9,17 @@ from llmopt.partition.plan import Plan
 ENGINES = ("vllm", "sglang", "accelerate")
 
 
-def export(plan: Plan, spec: ModelSpec, engine: str) -> dict[str, Any]:
+def export(plan: Plan, spec: ModelSpec, engine: str, *, stored: bool = False) -> dict[str, Any]:
     """Flags and environment (vllm, sglang), or a device map (accelerate).
+
+    `stored` says that the model's weights are stored in the plan's schemes.
 
     Raises:
         UnsupportedError: the engine has no way to do what the plan says.
     """
+    if plan.schemes and not stored:
+        what = f"{engine} does not round weights to the plan's schemes as it reads them"
+        raise UnsupportedError(what, hint="llmopt quantize MODEL -o OUT --format hf, and a plan for OUT")
     if engine == "accelerate":
         return {"device_map": device_map(plan, spec)}
     return _server(plan, engine)
@@ -41,6 +46,8 @@ def _server(plan: Plan, engine: str) -> dict[str, Any]:
         variable = "SGLANG_PP_LAYER_PARTITION"
     else:
         raise UsageError(f"there is no engine {engine!r}", where="--export", hint=f"known: {', '.join(ENGINES)}")
+    flags += ["--dtype", plan.dtype] if plan.dtype is not None else []
+    flags += ["--revision", plan.revision] if plan.revision is not None else []
     environment = {variable: layers} if len(counts) > 1 else {}
     return {"environment": environment, "command": [*command, *flags]}
 

@@ -9,10 +9,11 @@ from itertools import product
 from typing import Literal
 
 from llmopt.errors import BudgetError, UsageError, near_match
-from llmopt.model.parallel import tensor_parallel
+from llmopt.model.parallel import TensorParallel
 from llmopt.model.spec import ModelSpec
 from llmopt.partition.cluster import Cluster, Device, to_json
 from llmopt.partition.cost import Costs, Precision, cut
+from llmopt.partition.degrees import shared_by
 from llmopt.partition.machine import Machine, Metric, share
 from llmopt.partition.obstacles import explain
 from llmopt.partition.orders import Solution, solve_any_order, solve_order
@@ -83,6 +84,11 @@ class Model:
     spec: ModelSpec
     precision: Precision
     revision: str | None = None
+    stored: bool = False  # whether its weights are stored in the schemes of its precision
+
+    def shared_by(self, degree: int) -> TensorParallel:
+        """Whether it can be cut over so many devices."""
+        return shared_by(self.spec, self.precision.schemes, degree, stored=self.stored)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,13 +143,13 @@ class Search:
 
     def _degrees(self, devices: Sequence[Device]) -> list[int]:
         largest = max(Counter((device.kind, device.node) for device in devices).values())
-        legal = [one for one in range(1, largest + 1) if tensor_parallel(self.model.spec, one).legal]
+        legal = [one for one in range(1, largest + 1) if self.model.shared_by(one).legal]
         asked = self.wanted.degree
         if asked is None:
             return legal
-        entry = tensor_parallel(self.model.spec, asked)
+        entry = self.model.shared_by(asked)
         if not entry.legal:
-            every = [one for one in range(1, 65) if tensor_parallel(self.model.spec, one).legal]
+            every = [one for one in range(1, 65) if self.model.shared_by(one).legal]
             hint = f"legal degrees: {', '.join(map(str, every))}"
             raise UsageError(f"a tensor-parallel degree of {asked}: {entry.obstacle}", where="--tp", hint=hint)
         if asked > largest:

@@ -7,6 +7,8 @@ from llmopt import __version__
 from llmopt.artifact import MANIFEST, Manifest, check_free_disk, load_manifest, staged, write_manifest
 from llmopt.engine.base import Engine
 from llmopt.engine.ort import OrtEngine
+from llmopt.engine.ort_stages import FORMAT as STAGES_FORMAT
+from llmopt.engine.ort_stages import StagesEngine
 from llmopt.errors import ArtifactError, UsageError
 from llmopt.export.opening import CAST
 from llmopt.measure.host import versions
@@ -77,7 +79,10 @@ def open_engine(path: Path, threads: int) -> Engine:
     Raises:
         ArtifactError: it does not open.
     """
-    if in_transformers(load_manifest(path)):
+    manifest = load_manifest(path)
+    if manifest.format == STAGES_FORMAT:
+        return StagesEngine(path, threads)
+    if in_transformers(manifest):
         from llmopt.engine.cast import CastEngine  # noqa: PLC0415 (torch, which others need not wait for)
 
         return CastEngine(path, threads).cast()
@@ -90,6 +95,9 @@ def require_onnx(manifest: Manifest, name: str) -> None:
     Raises:
         UsageError: another program does.
     """
+    if manifest.format == STAGES_FORMAT:
+        hint = "llmopt generate runs it; measure the model that it was cut from"
+        raise UsageError(f"{name} is cut into stages, which are not measured as one model", hint=hint)
     if manifest.format != ONNX.name:
         raise UsageError(
             f"onnxruntime does not open {name}: its format is {manifest.format}",

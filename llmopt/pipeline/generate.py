@@ -12,6 +12,7 @@ import numpy as np
 
 from llmopt.artifact import load_manifest
 from llmopt.engine.base import Engine, Logits
+from llmopt.engine.ort_stages import FORMAT as STAGES_FORMAT
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.export.genai import stop_tokens
 from llmopt.model.checkpoint import open_checkpoint
@@ -73,7 +74,7 @@ def open_engine(
     if is_artifact(request.model):
         folder = Path(request.model)
         manifest = load_manifest(folder, verify=True)
-        if not in_transformers(manifest):
+        if not in_transformers(manifest) and manifest.format != STAGES_FORMAT:
             require_onnx(manifest, request.model)
         config = read_object(folder / CONFIG)
         generation = folder / GENERATION_CONFIG

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmopt.artifact import check_destination
 from llmopt.errors import ArtifactError, UsageError, near_match
-from llmopt.model.source import open_source
+from llmopt.model.source import ModelSource
 from llmopt.model.spec import ModelSpec
 from llmopt.partition.cluster import load_cluster
 from llmopt.partition.cost import DTYPE_BYTES, Precision
@@ -14,9 +15,12 @@ from llmopt.partition.joint import choose_schemes
 from llmopt.partition.plan import Plan, Workload, write_plan
 from llmopt.partition.search import OBJECTIVES, Model, Search, Wanted, parse_promise
 from llmopt.partition.timeline import as_svg
+from llmopt.pipeline.stored import Schemes, open_model, stored_schemes
 from llmopt.progress import Progress
 from llmopt.quantize.assign import assign
 from llmopt.quantize.scheme import parse_scheme
+
+ONNX = "onnx"  # beside the engines that a plan is told to in words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,7 @@ class PartitionRequest:
     order: str | None = None
     timeline: Path | None = None
     export: str | None = None
+    export_to: Path | None = None
     revision: str | None = None
     force: bool = False
 
@@ -61,22 +66,40 @@ def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
     """
     wanted = _wanted(request)
     cluster = load_cluster(request.cluster)
-    source = open_source(request.model, revision=request.revision, weights=False, progress=progress)
+    weights = request.export == ONNX
+    source = open_model(request.model, revision=request.revision, weights=weights, progress=progress)
     workload = Workload(prompt=request.prompt, output=request.output_tokens, batch=request.batch)
     _require_context(source.spec, workload)
-    precision = _precision(source.spec, request)
+    stored = stored_schemes(source)
+    precision = _precision(source.spec, request, stored)
     if request.joint:
         precision = choose_schemes(source.spec, cluster, workload, precision)
-    model = Model(name=source.name, spec=source.spec, precision=precision, revision=source.revision)
+    model = Model(
+        name=source.name,
+        spec=source.spec,
+        precision=precision,
+        revision=source.revision,
+        stored=stored is not None,
+    )
     with progress.task("searching for the plan"):
         plan = Search(model=model, cluster=cluster, workload=workload, wanted=wanted).plan()
     if request.joint:
         plan = replace(plan, notes=(*plan.notes, "schemes chosen for the least estimated loss that fits"))
-    exported = export(plan, source.spec, request.export) if request.export is not None else None
+    exported = _exported(plan, source, request, progress)
     write_plan(request.output, plan)
     if request.timeline is not None:
         request.timeline.write_text(as_svg(plan), encoding="utf-8")
     return PartitionResult(plan=plan, exported=exported)
+
+
+def _exported(plan: Plan, source: ModelSource, request: PartitionRequest, progress: Progress) -> dict[str, Any] | None:
+    if request.export is None:
+        return None
+    if request.export_to is None:
+        return export(plan, source.spec, request.export, stored=source.quantization is not None)
+    from llmopt.pipeline.stages import write_stages  # noqa: PLC0415 (torch and onnx, which plans need not wait for)
+
+    return write_stages(plan, source, request.export_to, progress, force=request.force).to_json()
 
 
 def _wanted(request: PartitionRequest) -> Wanted:
@@ -84,9 +107,14 @@ def _wanted(request: PartitionRequest) -> Wanted:
     if request.objective not in named:
         hint = near_match(request.objective, OBJECTIVES)
         raise UsageError(f"there is no objective {request.objective!r}", where="--objective", hint=hint)
-    if request.export is not None and request.export not in ENGINES:
-        hint = near_match(request.export, ENGINES)
+    if request.export is not None and request.export not in (*ENGINES, ONNX):
+        hint = near_match(request.export, (*ENGINES, ONNX))
         raise UsageError(f"there is no engine {request.export!r}", where="--export", hint=hint)
+    if (request.export == ONNX) != (request.export_to is not None):
+        what = f"--export {ONNX} writes graphs, and --export-to names their folder: neither is without the other"
+        raise UsageError(what, where="--export, --export-to")
+    if request.export_to is not None:
+        check_destination(request.export_to, force=request.force)
     if request.output.exists() and not request.force:
         raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
     return Wanted(
@@ -113,10 +141,15 @@ def _require_context(spec: ModelSpec, workload: Workload) -> None:
         raise UsageError(what, where="--prompt, --output-tokens")
 
 
-def _precision(spec: ModelSpec, request: PartitionRequest) -> Precision:
+def _precision(spec: ModelSpec, request: PartitionRequest, stored: Schemes | None) -> Precision:
     dtype = request.dtype or spec.dtype
     if dtype not in DTYPE_BYTES:
         raise UsageError(f"there is no dtype {dtype!r}", where="--dtype", hint=near_match(dtype, DTYPE_BYTES))
+    if stored is not None:
+        if request.scheme is not None or request.joint:
+            what = "the model is quantized already, and keeps the schemes that it has"
+            raise UsageError(what, where="--scheme, --joint", hint="leave them out, or give the model it was made from")
+        return Precision(dtype=dtype, schemes=stored)
     if request.scheme is None:
         return Precision(dtype=dtype, schemes={})
     if request.joint:

@@ -27,10 +27,14 @@ def available() -> bool:
 
 
 class Int8Product:
-    """A weight of scheme w8a8, packed for the kernel; computes what `quantized_apply` does."""
+    """A weight of scheme w8a8, packed for the kernel; computes what `quantized_apply` does with `round_rows`.
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    With `symmetric`, as it does with `round_rows_symmetric`: a row's largest magnitude is 127.5 steps.
+    """
+
+    def __init__(self, weight: QuantizedWeight, *, symmetric: bool = False) -> None:
         assert weight.scheme.activation_bits == 8
+        self._symmetric = symmetric
         codes_OI = (weight.codes_OI.to(torch.int16) - CENTER).to(torch.int8)
         rows = len(codes_OI)
         with warnings.catch_warnings():
@@ -50,9 +54,19 @@ class Int8Product:
         """
         ends = torch.cat([-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)], -1)
         ends = ends if agree is None else agree(ends)
-        low, high = -ends[..., :1].clamp_min(0), ends[..., 1:].clamp_min(SMALLEST_TOP)
-        step = (low - high) * (-1 / TOP)
-        zero = (low / (low - high) / (1 / TOP)).round()
+        step, zero = _symmetric_grid(ends) if self._symmetric else _grid(ends)
         codes = ((x / step).round_() + zero).clamp_(0, TOP)
         sums: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(codes, 1.0, 0, self._packed)
         return (sums - zero * self._sums_O) * step * self._scales_O
+
+
+def _grid(ends: Tensor) -> tuple[Tensor, Tensor]:
+    """A step, and the code of 0, of rows from -ends[0] to ends[1]; see `round_rows`."""
+    low, high = -ends[..., :1].clamp_min(0), ends[..., 1:].clamp_min(SMALLEST_TOP)
+    return (low - high) * (-1 / TOP), (low / (low - high) / (1 / TOP)).round()
+
+
+def _symmetric_grid(ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The same around the middle of the codes; see `round_rows_symmetric`."""
+    step = ends.amax(-1, keepdim=True).clamp_min(SMALLEST_TOP) / (TOP / 2)
+    return step, torch.full_like(step, CENTER)

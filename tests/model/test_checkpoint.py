@@ -72,7 +72,7 @@ def test_a_closed_checkpoint_keeps_no_file_open(folder: Path, weights: Weights) 
     source = saved(folder, weights)
     with open_checkpoint(source) as opened:
         everything(opened, source)
-        files = list(opened._files.values())
+        files = list(opened._files._files.values())
     assert files
     assert all(file.closed for file in files)
 

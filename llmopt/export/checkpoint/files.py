@@ -6,7 +6,7 @@ https://huggingface.co/docs/safetensors/index#format
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -57,11 +57,18 @@ class _Place:
 class SafetensorsFiles:
     """The files of a checkpoint in `folder`. Give each entry its values with `write`, in any order; then `save`.
 
-    Use `close` whatever happens.
+    Use `close` whatever happens. `said` is what headers say besides.
     """
 
-    def __init__(self, folder: Path, entries: Iterable[Entry], shard_bytes: float = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: Iterable[Entry],
+        shard_bytes: float = SHARD_BYTES,
+        said: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = folder
+        self._said = dict(said or {})
         self._shards = _named(shards(entries, shard_bytes))
         self._places: dict[str, _Place] = {}
         self._stack = ExitStack()
@@ -72,7 +79,7 @@ class SafetensorsFiles:
     def _open(self, name: str, shard: Sequence[Entry]) -> None:
         ordered = sorted(shard, key=lambda entry: -entry.dtype.itemsize)
         file = self._stack.enter_context((self._folder / name).open("wb"))
-        file.write(_header(ordered))
+        file.write(_header(ordered, self._said))
         offset = file.tell()
         for entry in ordered:
             self._places[entry.name] = _Place(entry, file, offset)
@@ -119,8 +126,8 @@ def _named(found: Sequence[list[Entry]]) -> dict[str, list[Entry]]:
     return {f"model-{index:05d}-of-{count:05d}.safetensors": shard for index, shard in enumerate(found, start=1)}
 
 
-def _header(ordered: Sequence[Entry]) -> bytes:
-    content: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+def _header(ordered: Sequence[Entry], said: Mapping[str, str]) -> bytes:
+    content: dict[str, object] = {"__metadata__": {"format": "pt", **said}}  # transformers asks for the format
     offset = 0
     for entry in ordered:
         end = offset + entry.size_bytes

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from llmopt.engine.ort import LOGITS_AT
+from llmopt.engine.ort_stages import HIDDEN, IDS, LOGITS, NEXT_HIDDEN
 from llmopt.export.onnx.attention import AttentionWriter, require_heads
 from llmopt.export.onnx.embedding import emit_embedding, emit_tied_head
 from llmopt.export.onnx.graph import MICROSOFT, Graph
@@ -21,6 +22,7 @@ from llmopt.export.onnx.linear import emit, emit_apart
 from llmopt.export.onnx.norm import emit_norm, emit_sum_and_norm
 from llmopt.export.onnx.one_token import add_short_ways
 from llmopt.export.onnx.positions import Positions
+from llmopt.export.onnx.stage import Stage
 from llmopt.export.onnx.weights import Weights, as_float, product
 from llmopt.model.spec import Block, Mlp, ModelSpec, Norm
 
@@ -28,26 +30,37 @@ from llmopt.model.spec import Block, Mlp, ModelSpec, Norm
 class DecoderGraph:
     """Call `embedding`, then `block` for each block, then `head`, then `save`; and `close`, whatever happens.
 
+    Of a stage, `embedding` is for the first alone, and `head` for the last; the others end with `hidden`.
+
     Raises:
         UnsupportedError: onnxruntime has no kernel for the model's attention.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec, choose: Choose = default_kernel) -> None:
+    def __init__(
+        self, folder: Path, spec: ModelSpec, choose: Choose = default_kernel, stage: Stage | None = None
+    ) -> None:
         require_heads(spec)
         self.spec = spec
-        self.graph = Graph(folder, choose)
+        self.stage = stage
+        self.blocks: list[int] = []  # those that were written
+        self.graph = Graph(folder, choose) if stage is None else stage.graph(folder, choose)
         self.residual = ""  # the sum so far
         self.branch: str | None = None  # what is to be added to it by the next norm
         self.table: tuple[str, ...] = ()  # the embedding's tensors, which a tied head reads too
-        self._declare_inputs()
-        self.positions = Positions(self.graph)
+        tokens = self._declare_inputs()
+        self.positions = Positions(self.graph, tokens)
         self.attention = AttentionWriter(self.graph, spec, self.positions)
 
-    def _declare_inputs(self) -> None:
-        graph = self.graph
-        graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+    def _declare_inputs(self) -> str:
+        """Declares them; gives the name of what is computed with."""
+        graph, shape = self.graph, ["batch_size", "sequence_length"]
+        if self.stage is None or self.stage.first:
+            graph.like = graph.input(IDS, TensorProto.INT64, shape)
+        else:
+            hidden: list[int | str] = [*shape, self.spec.hidden_size]
+            self.residual = graph.like = graph.input(HIDDEN, TensorProto.FLOAT, hidden)
         graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
-        graph.like = "input_ids"
+        return graph.like
 
     def embedding(self, weights: Weights) -> None:
         """Token embedding, its scale, and learned positions."""
@@ -66,6 +79,7 @@ class DecoderGraph:
 
     def block(self, block: Block, weights: Weights) -> None:
         """One block: attention and MLP, each normed before and added after."""
+        self.blocks.append(block.index)
         x = self._add_and_norm(block.attention_norm, weights)
         y = self.attention.emit(block.index, block.attention, x, weights)
         self.branch = self._post_norm(block.attention_post_norm, y, weights)
@@ -122,20 +136,30 @@ class DecoderGraph:
         if self.spec.before_head is not None:
             x = emit(graph, x, product(self.spec.before_head, weights))
         head = replace(product(self.spec.head, weights), every_token=False)
-        tied = self.spec.tied
+        # A stage that does not embed has a tied table of its own.
+        tied = self.spec.tied and bool(self.table)
         logits = emit_tied_head(graph, x, head, self.table) if tied else emit(graph, x, head)
-        graph.node("Identity", [graph.cast(logits, half=False)], "logits", outputs=["logits"])
+        graph.node("Identity", [graph.cast(logits, half=False)], LOGITS, outputs=[LOGITS])
+        # By the 1 onnxruntime-genai sees that it need not look for the last token.
+        graph.output(LOGITS, TensorProto.FLOAT, ["batch_size", 1, self.spec.vocab_size])
+
+    def hidden(self) -> None:
+        """The hidden states behind the last block of a stage, for the next one."""
+        graph, terms = self.graph, [self.residual, *([] if self.branch is None else [self.branch])]
+        wide = [graph.cast(term, half=False) for term in terms]
+        graph.node("Add" if len(wide) > 1 else "Identity", wide, "hidden/next", outputs=[NEXT_HIDDEN])
+        graph.output(NEXT_HIDDEN, TensorProto.FLOAT, ["batch_size", "sequence_length", self.spec.hidden_size])
 
     def save(self, version: str) -> onnx.ModelProto:
         """Write the graph beside its data."""
         attention = self.spec.blocks[0].attention
-        # By the 1 onnxruntime-genai sees that it need not look for the last token.
-        self.graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, self.spec.vocab_size])
         cache: list[int | str] = ["batch_size", attention.kv_heads, "total_sequence_length", attention.head_dim]
-        for index in range(len(self.spec.blocks)):
+        for index in self.blocks:
             for name in (f"present.{index}.key", f"present.{index}.value"):
                 self.graph.output(name, self.graph.kind(name), cache)
         add_short_ways(self.graph)
+        if self.stage is not None:
+            self.stage.annotate(self.graph.model)
         return self.graph.save(version)
 
     def close(self) -> None:

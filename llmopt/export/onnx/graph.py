@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from llmopt.export.onnx.kernels import Choose, default_kernel
 
 GRAPH_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+DATA_FILE = f"{GRAPH_FILE}.data"
 ALIGNMENT = 64
 OPSET = 21
 IR_VERSION = 10  # with opset 21 the newest that onnxruntime-genai 0.18's own builder relies on
@@ -28,8 +28,9 @@ NEW_DTYPE = frozenset({"Cast", "Shape"})  # operators that do not give the dtype
 class DataFile:
     """The external data of a graph, appended to as tensors come."""
 
-    def __init__(self, folder: Path) -> None:
-        self.file = (folder / DATA_FILE).open("wb")
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("wb")
 
     def add(self, name: str, array: NDArray[Any]) -> TensorProto:
         """Write a tensor, and give the entry that points at its bytes."""
@@ -38,7 +39,14 @@ class DataFile:
         contiguous = np.ascontiguousarray(array)
         self.file.write(contiguous.data.cast("B") if contiguous.size else b"")
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        return entry(name, array.shape, kind, {"offset": offset, "length": contiguous.nbytes})
+        return self.entry(name, array.shape, kind, {"offset": offset, "length": contiguous.nbytes})
+
+    def entry(self, name: str, shape: Sequence[int], kind: int, place: dict[str, int]) -> TensorProto:
+        """A tensor whose bytes lie at a place in here."""
+        tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+        for key, value in {"location": self.path.name, **place}.items():
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
 
     def close(self) -> None:
         """Flush everything to the disk. What is closed already stays so."""
@@ -49,30 +57,30 @@ class DataFile:
         self.file.close()
 
 
-def entry(name: str, shape: Sequence[int], kind: int, place: dict[str, int]) -> TensorProto:
-    """A tensor whose bytes lie in the data file."""
-    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
-    for key, value in {"location": DATA_FILE, **place}.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
-
-
 class Graph:
     """Nodes and tensors. Every method that computes gives the name of its (first) output.
 
-    `choose` says which kernel a weight-only product gets.
+    `choose` says which kernel a weight-only product gets, `file` what the graph is called: its data is `file`.data.
     """
 
-    def __init__(self, folder: Path, choose: Choose = default_kernel) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        choose: Choose = default_kernel,
+        *,
+        file: str = GRAPH_FILE,
+        ir_version: int = IR_VERSION,
+    ) -> None:
         self.folder = folder
+        self.path = folder / file
         self.choose = choose
         self.values: set[str] = set()
-        self.data = DataFile(folder)
+        self.data = DataFile(folder / f"{file}.data")
         # Filled in place: a deep model has tens of thousands of nodes, and helper.make_graph would copy them all.
         self.model = helper.make_model(
             onnx.GraphProto(name="decoder"),
             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
-            ir_version=IR_VERSION,
+            ir_version=ir_version,
             producer_name="llmopt",
         )
         self.nodes, self.outputs = self.model.graph.node, self.model.graph.output
@@ -130,7 +138,7 @@ class Graph:
         original = self.tensors[of]
         assert int(np.prod(shape)) == int(np.prod(original.dims)), (shape, original.dims)
         place = {item.key: int(item.value) for item in original.external_data if item.key != "location"}
-        self.tensors[name] = entry(name, shape, original.data_type, place)
+        self.tensors[name] = self.data.entry(name, shape, original.data_type, place)
         return name
 
     def constant(self, value: NDArray[Any] | np.generic, name: str | None = None) -> str:
@@ -158,5 +166,5 @@ class Graph:
         self.data.close()
         self.model.producer_version = producer_version
         self.model.graph.initializer.extend(self.tensors.values())
-        (self.folder / GRAPH_FILE).write_bytes(self.model.SerializeToString(deterministic=True))
+        self.path.write_bytes(self.model.SerializeToString(deterministic=True))
         return self.model

@@ -8,11 +8,12 @@ from llmopt.export.onnx.graph import Graph
 
 class Positions:
     """Names of values that say how long the sequences are: the last position of each row (int32 [batch]) and the
-    length of the longest (a scalar, int64 and int32).
+    length of the longest (a scalar, int64 and int32). `tokens` is a value [batch, tokens, …] of the new ones.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, tokens: str) -> None:
         self.graph = graph
+        self._tokens = tokens
         self._first: str | None = None
         # GroupQueryAttention wants both as int32.
         ones = graph.node(
@@ -28,7 +29,7 @@ class Positions:
         """The position of the first new token, int64 [1]: the new ones are the last under the mask."""
         if self._first is None:
             graph = self.graph
-            shape = graph.node("Shape", ["input_ids"], "positions/shape")
+            shape = graph.node("Shape", [self._tokens], "positions/shape")
             count = graph.node("Gather", [shape, graph.constant(np.array([1], np.int64))], "positions/count", axis=0)
             self._first = graph.node("Sub", [self.length, count], "positions/first")
         return self._first

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from llmopt.partition.runtime.layout import Layout
 from llmopt.partition.runtime.schedule import WHOLE, MicroBatches
+from llmopt.pipeline.stored import Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +16,8 @@ class Job:
     """Generate `output` tokens behind each row of `ids_BT`, `rounds` times after one that is not measured.
 
     Weights come from `model`, or from the shards in the folder `shards`, which were made for the plan `plan_hash`.
-    `schemes` names that of each linear which is quantized as it is read; all else has the `dtype`.
+    `schemes` names that of each linear that has one: it is quantized as it is read, unless weights are `stored` so, in
+    that format. All else has the `dtype`.
     """
 
     model: str
@@ -31,6 +33,12 @@ class Job:
     plan_hash: str = ""
     dtype: str = "float32"
     schemes: Mapping[str, str] = field(default_factory=dict)
+    stored: Format | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether activations are rounded by a range around 0, as the format has it."""
+        return self.stored == "hf"
 
     @property
     def capacity(self) -> int:

@@ -24,7 +24,8 @@ def layout_of(plan: Plan) -> Layout:
 def hash_of(plan: Plan) -> str:
     """SHA-256, in hex, of what decides which tensors each rank holds: times and devices may change."""
     stages = [(*stage.layers, stage.tp) for stage in plan.stages]
-    return hashlib.sha256(json.dumps([plan.model, plan.revision, stages]).encode()).hexdigest()
+    schemes = [dict(plan.schemes)] if plan.schemes else []
+    return hashlib.sha256(json.dumps([plan.model, plan.revision, stages, *schemes]).encode()).hexdigest()
 
 
 def cluster_of(plan: Plan) -> Cluster:

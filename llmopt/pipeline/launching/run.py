@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +13,7 @@ from torch import Tensor
 from llmopt.errors import LlmoptError
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.recurrent import is_recurrent, recurrent_spec
-from llmopt.model.source import open_source
 from llmopt.model.spec import ModelSpec
-from llmopt.partition.runtime.cut import Cut
 from llmopt.partition.runtime.layout import Seat
 from llmopt.partition.runtime.recurrent import RecurrentStage
 from llmopt.partition.runtime.schedule import Stage
@@ -24,9 +22,13 @@ from llmopt.partition.runtime.wire import Wire
 from llmopt.pipeline.launching.job import Job, write_job
 from llmopt.pipeline.launching.outcome import read_outcome
 from llmopt.pipeline.launching.rank import Outcome, run_rank
+from llmopt.pipeline.launching.reading import AsStored, Reading, RoundedAsRead
 from llmopt.pipeline.launching.shards import Shard
 from llmopt.pipeline.launching.supervise import run_processes
 from llmopt.pipeline.launching.weights import parse_schemes, rank_linears, read_weights
+from llmopt.pipeline.stored import open_model
+from llmopt.pipeline.stored_weights import open_stored
+from llmopt.quantize.scheme import parse_scheme
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,8 +53,7 @@ def outcome_of(job: Job, fail: Callable[[LlmoptError], None]) -> Outcome | None:
     """What this process, one rank of several, does of a job; see `run_rank`."""
     if is_recurrent(job.model):
         return run_rank(job, partial(_recurrent_stage, job), fail)
-    spec = open_source(job.shards or job.model, revision=job.revision, weights=False).spec
-
+    spec = open_model(job.shards or job.model, revision=job.revision, weights=False).spec
     return run_rank(job, partial(_decoder_stage, job, spec), fail)
 
 
@@ -61,9 +62,10 @@ def _decoder_stage(job: Job, spec: ModelSpec, seat: Seat, wire: Wire, advance: C
         advance()
         return values.to(wire.device, DTYPES[job.dtype])
 
-    with _reading(job, seat) as read:
+    schemes = parse_schemes(spec, job.schemes)
+    with _reading(job, seat) as reading:
         cuts = DecoderStage.cuts(spec, job.layout, seat)
-        weights = read_weights(cuts, read, parse_schemes(spec, job.schemes), placed)
+        weights = read_weights(cuts, reading, schemes, placed, symmetric=job.symmetric)
     cut = job.layout.stages[seat.stage].degree > 1
     stage = DecoderStage(
         spec,
@@ -84,9 +86,16 @@ def _recurrent_stage(job: Job, seat: Seat, wire: Wire, advance: Callable[[], Non
 
 
 @contextmanager
-def _reading(job: Job, seat: Seat) -> Iterator[Callable[[Cut], Tensor]]:
+def _reading(job: Job, seat: Seat) -> Iterator[Reading]:
     if job.shards is not None:
-        yield Shard(Path(job.shards), job.layout, job.plan_hash, seat.rank).read
+        with closing(Shard(Path(job.shards), job.layout, job.plan_hash, seat.rank)) as shard:
+            yield shard
         return
-    with open_checkpoint(open_source(job.model, revision=job.revision)) as checkpoint:
-        yield lambda cut: cut.read(checkpoint)
+    source = open_model(job.model, revision=job.revision)
+    if job.stored is not None:
+        schemes = {name: parse_scheme(text) for name, text in job.schemes.items()}
+        with open_stored(source, schemes) as stored:
+            yield AsStored(stored)
+        return
+    with open_checkpoint(source) as checkpoint:
+        yield RoundedAsRead(checkpoint)

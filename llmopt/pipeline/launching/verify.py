@@ -4,9 +4,12 @@ That one reads the prompts and the launched tokens in one go. Where its likelies
 launched one, it would have generated the same.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from llmopt.engine.torch import TorchEngine
+from llmopt.engine.torch import Tensors, TorchEngine
 from llmopt.errors import VerificationError
 from llmopt.model.checkpoint import open_checkpoint
 from llmopt.model.source import ModelSource
@@ -14,6 +17,8 @@ from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.rank import Outcome
 from llmopt.pipeline.launching.result import Verified
 from llmopt.pipeline.launching.weights import ReferenceTensors, parse_schemes, reference_linears
+from llmopt.pipeline.stored_weights import open_stored
+from llmopt.quantize.scheme import parse_scheme
 
 LOGIT_TOLERANCE = 1e-4
 # ‖Δ‖ / ‖logits‖ where numbers are rounded on their way: sums in another order round to other neighbours.
@@ -31,9 +36,9 @@ def verified(job: Job, outcome: Outcome, source: ModelSource) -> Verified:
     assert outcome.logits_BTV is not None
     schemes = parse_schemes(source.spec, job.schemes)
     whole_BT = torch.cat([torch.tensor(job.ids_BT), outcome.ids_BT], 1)[:, :-1]
-    with open_checkpoint(source) as checkpoint, torch.inference_mode():
-        tensors = ReferenceTensors(checkpoint, schemes)
-        engine = TorchEngine(source.spec, tensors, linears=reference_linears(schemes))
+    with _tensors(job, source) as tensors, torch.inference_mode():
+        linears = reference_linears(schemes, symmetric=job.symmetric)
+        engine = TorchEngine(source.spec, tensors, linears=linears)
         expected_BTV = engine.logits_behind(whole_BT, len(job.ids_BT[0]) - 1)
     difference_BTV = outcome.logits_BTV - expected_BTV
     found = Verified(
@@ -43,6 +48,17 @@ def verified(job: Job, outcome: Outcome, source: ModelSource) -> Verified:
     )
     _require(found, job, rounds=any(scheme.activation_bits == 8 for _, scheme in schemes.values()))
     return found
+
+
+@contextmanager
+def _tensors(job: Job, source: ModelSource) -> Iterator[Tensors]:
+    """What codes stand for: those of the model itself, or of what is rounded as it is read."""
+    if job.stored is not None:
+        with open_stored(source, {name: parse_scheme(text) for name, text in job.schemes.items()}) as stored:
+            yield stored
+        return
+    with open_checkpoint(source) as checkpoint:
+        yield ReferenceTensors(checkpoint, parse_schemes(source.spec, job.schemes))
 
 
 def _require(found: Verified, job: Job, *, rounds: bool) -> None:

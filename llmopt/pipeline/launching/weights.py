@@ -1,4 +1,4 @@
-"""The weights of one rank, quantized where a plan says so: rounded to nearest as they are read, by the whole weight.
+"""The weights of one rank: floats, and codes where a plan has schemes.
 
 w8a8 is computed in integers. There is no kernel in torch that reads other codes as fast as floats on a CPU: weight-only
 schemes become the floats that their codes stand for, with the memory of floats.
@@ -7,7 +7,6 @@ schemes become the floats that their codes stand for, with the memory of floats.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from llmopt.engine.blocks import Apply, Weights, plain
@@ -15,14 +14,14 @@ from llmopt.engine.torch import Tensors
 from llmopt.errors import UnsupportedError
 from llmopt.model.spec import Linear, ModelSpec, TensorSpec
 from llmopt.partition.runtime.cut import Cut
-from llmopt.quantize.execute import quantized_apply
+from llmopt.pipeline.launching.reading import Reading, as_product, sides
+from llmopt.quantize.execute import round_rows, round_rows_symmetric
 from llmopt.quantize.int8_torch import Int8Product, available
 from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme, parse_scheme
 from llmopt.quantize.weights import QuantizedWeight
 
 Quantized = Mapping[str, tuple[Linear, Scheme]]  # by the names of weights
-Read = Callable[[Cut], Tensor]
 Agree = Callable[[Tensor], Tensor]
 
 
@@ -68,23 +67,33 @@ def parse_schemes(spec: ModelSpec, schemes: Mapping[str, str]) -> Quantized:
 
 
 def read_weights(
-    cuts: Iterator[Cut], read: Read, schemes: Quantized, placed: Callable[[Tensor], Tensor]
+    cuts: Iterator[Cut],
+    reading: Reading,
+    schemes: Quantized,
+    placed: Callable[[Tensor], Tensor],
+    *,
+    symmetric: bool = False,
 ) -> RankWeights:
-    """Read what a rank holds, one tensor after the other; `placed` puts floats where and how they are computed with."""
+    """Read what a rank holds, one tensor after the other; `placed` puts floats where and how they are computed with.
+
+    `symmetric` says how activations are rounded; see `Int8Product`.
+    """
     found = RankWeights()
     for cut in cuts:
         name = cut.tensor.name
         if name not in schemes:
-            found.floats[name] = placed(read(cut))
+            found.floats[name] = placed(reading.floats(cut))
+            continue
+        linear, scheme = schemes[name]
+        weight = reading.quantized(cut, linear, scheme)
+        if not isinstance(weight, QuantizedWeight):
+            found.floats[name] = placed(weight)
+        elif scheme.activation_bits == 8:
+            found.products[linear.name] = Int8Product(weight, symmetric=symmetric)
+            if sides(cut, linear)[1]:
+                found.writers.add(linear.name)
         else:
-            linear, scheme = schemes[name]
-            weight = _quantized(cut, linear, scheme, read)
-            if isinstance(weight, QuantizedWeight):
-                found.products[linear.name] = Int8Product(weight)
-                if _by_inputs(cut, linear):
-                    found.writers.add(linear.name)
-            else:
-                found.floats[name] = placed(weight)
+            found.floats[name] = placed(as_product(weight.dequantize(), linear))
     return found
 
 
@@ -111,7 +120,7 @@ def rank_linears(weights: RankWeights, agree: Agree | None) -> Callable[[Weights
 
 
 class ReferenceTensors:
-    """A checkpoint in which weights of weight-only schemes are the floats that their codes stand for."""
+    """A checkpoint in which weights that have schemes are the floats that their codes stand for."""
 
     def __init__(self, tensors: Tensors, schemes: Quantized) -> None:
         self._tensors, self._schemes = tensors, schemes
@@ -119,61 +128,23 @@ class ReferenceTensors:
     def read(self, tensor: TensorSpec) -> Tensor:
         """The whole tensor, float32."""
         values = self._tensors.read(tensor)
-        if tensor.name not in self._schemes or self._schemes[tensor.name][1].activation_bits == 8:
+        if tensor.name not in self._schemes:
             return values
         linear, scheme = self._schemes[tensor.name]
-        floats_OI = Rtn().quantize(_as_product(values, linear), scheme).dequantize()
-        return _as_product(floats_OI, linear)
+        return as_product(Rtn().quantize(as_product(values, linear), scheme).dequantize(), linear)
 
 
-def reference_linears(schemes: Quantized) -> Callable[[Weights], Apply]:
+def reference_linears(schemes: Quantized, *, symmetric: bool = False) -> Callable[[Weights], Apply]:
     """What a single process computes with where activations are rounded: the definition, without kernels."""
-    rounding = {name: found for name, found in schemes.items() if found[1].activation_bits == 8}
+    rounding = round_rows_symmetric if symmetric else round_rows
+    rounded = {name for name, (_, scheme) in schemes.items() if scheme.activation_bits == 8}
 
     def linears(weights: Weights) -> Apply:
-        made: dict[str, Tensor | QuantizedWeight] = dict(weights)
-        for name in weights.keys() & rounding.keys():
-            linear, scheme = rounding[name]
-            made[name] = Rtn().quantize(_as_product(weights[name], linear), scheme)
+        in_floats = plain(weights)
 
         def apply(linear: Linear, x: Tensor) -> Tensor:
-            if linear.weight.name in rounding:
-                return quantized_apply(made, linear, x)
-            return plain(weights)(linear, x)
+            return in_floats(linear, rounding(x) if linear.weight.name in rounded else x)
 
         return apply
 
     return linears
-
-
-def _as_product(values: Tensor, linear: Linear) -> Tensor:
-    """A stored weight as [out, in], and the other way round."""
-    return values.T.contiguous() if linear.transposed else values
-
-
-def _quantized(cut: Cut, linear: Linear, scheme: Scheme, read: Read) -> Tensor | QuantizedWeight:
-    """A rank's share of a quantized weight; codes where integers are multiplied, else floats as stored.
-
-    What is cut by outputs is quantized by itself, since rows are independent; of what is cut by inputs a rank reads
-    all, for a row's scale is that of the whole row.
-    """
-    by_inputs = _by_inputs(cut, linear)
-    stored = read(Cut(cut.tensor)) if by_inputs else read(cut)
-    weight = Rtn().quantize(_as_product(stored, linear), scheme)
-    if scheme.activation_bits == 8:
-        return _some_columns(weight, cut.ranges) if by_inputs else weight
-    floats = _as_product(weight.dequantize(), linear)
-    return cut.take(floats) if by_inputs else floats
-
-
-def _by_inputs(cut: Cut, linear: Linear) -> bool:
-    return bool(cut.ranges) and cut.axis == (0 if linear.transposed else 1)
-
-
-def _some_columns(weight: QuantizedWeight, ranges: tuple[tuple[int, int], ...]) -> QuantizedWeight:
-    """Some inputs of a weight with a scale a row. Pairs of neighbours, which fit the kernel, stay pairs."""
-    assert all(start % 2 == 0 for start, _ in ranges), "codes would saturate"
-    codes_OI = torch.cat([weight.codes_OI[:, start:stop] for start, stop in ranges], 1)
-    return QuantizedWeight(
-        scheme=weight.scheme, codes_OI=codes_OI, scales_OG=weight.scales_OG, zero_points_OG=weight.zero_points_OG
-    )

@@ -3,11 +3,15 @@
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
 
 from llmopt.errors import ExitCode, LlmoptError, debugging
+
+_PARENT_S = 1.0
 
 
 def main() -> int:
@@ -24,6 +28,7 @@ def main() -> int:
         say_why(error)
         os._exit(error.exit_code)
 
+    _end_with(os.getppid())
     job_path, outcome_path = map(Path, sys.argv[1:])
     try:
         outcome = outcome_of(read_job(job_path), fail)
@@ -39,6 +44,17 @@ def main() -> int:
     if outcome is not None:
         write_outcome(outcome, outcome_path)
     return ExitCode.DONE
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that started this one has, however it did: nobody else would."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_S)
+        os._exit(ExitCode.FAILED)
+
+    threading.Thread(target=watch, daemon=True, name="llmopt-parent").start()
 
 
 if __name__ == "__main__":

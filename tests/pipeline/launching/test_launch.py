@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from llmopt.errors import UsageError
 from llmopt.model.source import open_source
 from llmopt.partition.cluster import load_cluster
 from llmopt.pipeline.launching import launch as module
-from tests.plans import plan_file
+from tests.plans import CLUSTER, plan_file
+
+ELSEWHERE = CLUSTER | {"nodes": [{"name": "there", "devices": {"cpu": 1}}]}
 
 
 @pytest.fixture
@@ -88,12 +91,41 @@ def test_what_was_launched_must_be_what_a_single_process_says(plan, capsys, monk
         (((4, 1),), {"schemes": {"lm_hat": "w8a8"}}, "lm_hat is no linear of this model"),
         (((4, 1),), {"schemes": {"lm_head": "w8a8"}}, "lm_head is a table, and w8a8-channel-sym is for products"),
         (((4, 1),), {"cluster": {}}, "the plan's cluster is wrong"),
+        (
+            ((4, 1),),
+            {"cluster": CLUSTER | {"nodes": [{"name": "there", "devices": {"cpu": 1}}]}},
+            "no device 'here/cpu:0'",
+        ),
+        (((4, 1),), {"dtype": "float64"}, "ranks do not compute in float64"),
+        (((4, 1),), {"prompt": 10**15}, "where the model reads 64"),
+        (((4, 1),), {"batch": 10**15}, "1,000,000,000,000,000 prompts of 6 tokens"),
+        (((4, 1),), {"micro_batches": 0}, "'micro_batches' is wrong"),
+        (((4, 1),), {"schemes": {"lm_head": "w9a9"}}, "no scheme with 9-bit weights"),
         (((4, 1),), {"schema": "llmopt.plan/7"}, "this is no plan"),
     ],
 )
 def test_what_cannot_run_is_refused(plan, capsys, stages, options, told):
     assert run(app, ["launch", plan(*stages, **options)]) in {2, 3}
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("edit", "code", "told"),
+    [
+        ({"model": "./nowhere"}, 3, "there is no such file or folder"),
+        ({"stages": []}, 2, "the plan's 'stages' is wrong"),
+        ({"stages": None}, 2, "the plan's 'stages' is wrong"),
+        ({"predicted": {"ttft_ms": "soon"}}, 2, "the plan's 'predicted.ttft_ms' is wrong"),
+    ],
+)
+def test_a_plan_that_was_edited_to_nonsense_is_refused(plan, capsys, edit, code, told):
+    path = Path(plan((4, 1)))
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    assert run(app, ["launch", str(path)]) == code
+    assert told in capsys.readouterr().err
+    path.write_text(path.read_text()[:-20])
+    assert run(app, ["launch", str(path)]) == 2
+    assert "the plan is not JSON" in capsys.readouterr().err
 
 
 def test_shards_of_another_plan_and_missing_ones_are_refused(plan, tmp_path, capsys, monkeypatch):

@@ -1,12 +1,13 @@
 """Shards: each rank's own tensors in its own file, for one plan and no other."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmopt.errors import ArtifactError
+from llmopt.errors import ArtifactError, ModelError
 from llmopt.model.source import open_source
 from llmopt.partition.runtime.stage import DecoderStage
 from llmopt.pipeline.launching.job import Job
@@ -81,4 +82,27 @@ def test_a_list_of_shards_that_says_something_else_is_refused(shards, change):
     path = shards / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ArtifactError, match="no list of shards"):
+        require_shards(shards, LAYOUT, "a" * 64)
+
+
+def test_a_shard_in_the_place_of_another_is_refused(six_heads, tmp_path):
+    layout, source = layout_of((1, 1), (2, 2), (1, 1)), open_source(str(six_heads))
+    for name in "ab":
+        materialize(source, layout, name * 64, tmp_path / name, Silent())
+    first, second, other = (
+        tmp_path / folder / f"rank-0000{rank}" / "model.safetensors" for folder, rank in (("a", 1), ("a", 2), ("b", 1))
+    )
+    assert first.stat().st_size == second.stat().st_size
+    shutil.copyfile(second, first)
+    with pytest.raises(ArtifactError, match=r"not the shard of rank 1 \(stage 1\), but that of rank 2 of this plan"):
+        require_shards(tmp_path / "a", layout, "a" * 64)
+    shutil.copyfile(other, first)
+    with pytest.raises(ArtifactError, match="but that of rank 1 of another plan"):
+        require_shards(tmp_path / "a", layout, "a" * 64)
+
+
+def test_a_shard_without_a_header_is_refused(shards):
+    path = shards / "rank-00000" / "model.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(ModelError, match="its header is said to have"):
         require_shards(shards, LAYOUT, "a" * 64)

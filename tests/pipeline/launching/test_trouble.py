@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,10 +12,11 @@ import pytest
 
 from llmopt.errors import LlmoptError
 from llmopt.partition.runtime.layout import Layout, StageLayout
-from llmopt.pipeline.launching.job import Job
+from llmopt.pipeline.launching.job import Job, write_job
 from llmopt.pipeline.launching.run import run_job
 from llmopt.pipeline.launching.supervise import run_processes
 from tests.partition.ranks import layout_of
+from tests.plans import plan_file
 
 NAMED = Layout((StageLayout(first=0, stop=2, devices=("a",)), StageLayout(first=2, stop=4, devices=("b",))))
 TIMEOUT_S = 3
@@ -78,3 +80,59 @@ def test_an_error_of_one_rank_is_the_error_of_the_run(six_heads, tmp_path):
 def test_a_rank_that_says_nothing_is_named(tmp_path, program, told):
     with pytest.raises(LlmoptError, match=rf"rank 1 \(stage 1\) {told}"):
         run_processes(layout_of((1, 1), (1, 1)), [sys.executable, "-c", program], tmp_path, 3, shares=2)
+
+
+ENDLESS = """
+import os, sys
+from llmopt.partition.runtime.stage import DecoderStage
+from llmopt.pipeline.launching import worker
+
+forward = DecoderStage.forward
+
+def endless(self, inputs, state, advance):
+    while os.environ["RANK"] == "1":
+        pass
+    return forward(self, inputs, state, advance)
+
+DecoderStage.forward = endless
+sys.exit(worker.main())
+"""
+
+
+def test_a_rank_that_computes_without_an_end_is_named(six_heads, tmp_path):
+    write_job(endless(six_heads), tmp_path / "job.json")
+    (tmp_path / "failures").mkdir()
+    command = [sys.executable, "-c", ENDLESS, str(tmp_path / "job.json"), str(tmp_path / "outcome")]
+    with pytest.raises(LlmoptError, match=r"^rank 1 \(stage 1 on b\) has got nowhere for 3 s"):
+        run_processes(NAMED, command, tmp_path / "failures", TIMEOUT_S, shares=2)
+
+
+@pytest.fixture
+def launched(six_heads, tmp_path):
+    """A launch without an end, as people start it, once its two ranks generate; and their processes."""
+    plan = plan_file(tmp_path / "plan.json", six_heads, ((2, 1), (2, 1)), output=50)
+    words = ["launch", str(plan), "--rounds", "100000", "--quiet", "--timeout", "20"]
+    process = subprocess.Popen([sys.executable, "-m", "llmopt", *words], stderr=subprocess.PIPE, text=True)
+    with process:
+        me = psutil.Process(process.pid)
+        while len(ranks := [child for child in me.children() if busy(child)]) < 2:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        yield process, ranks
+        process.kill()
+
+
+def test_a_killed_rank_ends_the_command_by_its_name(launched):
+    process, ranks = launched
+    next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert "error: rank 1 (stage 1 on here/cpu:1) was killed by SIGKILL" in told
+    assert "Traceback" not in told
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+
+
+def test_no_rank_outlives_a_command_that_was_killed(launched):
+    process, ranks = launched
+    process.kill()
+    assert psutil.wait_procs(ranks, timeout=20)[1] == []
