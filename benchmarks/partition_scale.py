@@ -12,7 +12,7 @@ import numpy as np
 
 from llmopt.model.families import spec_from_config
 from llmopt.model.spec import ModelSpec
-from llmopt.partition.classes import AnyOrder
+from llmopt.partition.classes import AnyOrder, Grouping
 from llmopt.partition.cluster import Cluster, cluster_from_json
 from llmopt.partition.cost import Precision
 from llmopt.partition.fixed import FixedOrder
@@ -20,7 +20,8 @@ from llmopt.partition.joining import smallest_largest
 from llmopt.partition.joint import choose_schemes
 from llmopt.partition.plan import Workload
 from llmopt.partition.problem import Kind, Slot
-from llmopt.partition.search import Model, Search, Wanted
+from llmopt.partition.search import Search
+from llmopt.partition.wanted import Model, Wanted
 
 NODES = [
     {"name": "a", "count": 2, "devices": {"h100-sxm": 8}, "link": {"latency_us": 5, "gb_per_s": 300}},
@@ -63,7 +64,12 @@ def fixed_order(items: int, devices: int) -> None:
 
 def free_order(items: int, devices: int) -> None:
     counts = [devices // 3, devices // 3, devices - 2 * (devices // 3)]
-    problem = AnyOrder(kinds=kinds(items, devices, (0.3, 0.6, 1.0)), counts=counts, degrees=[1] * 3, hop_s=0.05)
+    problem = AnyOrder(
+        kinds=kinds(items, devices, (0.3, 0.6, 1.0)),
+        groupings=[Grouping(place, 1, 1) for place in range(3)],
+        counts=counts,
+        hop_s=0.05,
+    )
     assert smallest_largest(problem) is not None
 
 

@@ -52,6 +52,11 @@ class Machine:
             return Objective(form="fill", micro_batches=self.costs.cut.count)
         return Objective(form="rounds", micro_batches=self.costs.cut.groups)
 
+    def unit(self, metric: Metric) -> float:
+        """What a second that the search counts is in an objective's unit: ms, or ms a token of all sequences."""
+        tokens = self.replicas * self.costs.cut.sequences * self.costs.workload.output
+        return _MS / tokens if metric == "throughput" else _MS
+
     def kind(self, group: Group, metric: Metric) -> Kind:
         """A group as the search knows it."""
         if (group, metric) not in self._kinds:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from llmopt.errors import BudgetError
+from llmopt.partition.candidate import Candidate
 from llmopt.partition.cluster import Device
 from llmopt.partition.machine import Machine
 from llmopt.partition.plan import Stage
+from llmopt.partition.promises import Promise
 from llmopt.words import counted
 
 _GB = 1e9
@@ -61,3 +63,13 @@ def _nearest(machine: Machine, devices: Sequence[Device], missing: float, cache:
     if not machine.costs.precision.schemes:
         hints.append("--scheme w8a16 or w4a16")
     return ", or ".join(hints)
+
+
+def broken(promises: Sequence[Promise], nearest: Candidate | None) -> BudgetError:
+    """The error for promises that no plan keeps; `nearest` keeps all but the last, and comes nearest to that."""
+    *others, last = promises
+    besides = f" beside {' and '.join(map(str, others))}" if others else ""
+    hint = "add devices, or lower --prompt or --batch"
+    if nearest is not None:
+        hint = f"what comes nearest has {last.name} {getattr(nearest.predicted, last.name):.4g}; {hint}"
+    return BudgetError(f"no plan keeps {last}{besides}", where="--slo", hint=hint)

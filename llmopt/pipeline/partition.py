@@ -12,8 +12,10 @@ from llmopt.partition.cost import DTYPE_BYTES, Precision
 from llmopt.partition.engines import ENGINES, export
 from llmopt.partition.joint import choose_schemes
 from llmopt.partition.plan import Plan, Workload, write_plan
-from llmopt.partition.search import OBJECTIVES, Model, Search, Wanted, parse_promise
+from llmopt.partition.promises import parse_promise
+from llmopt.partition.search import Search
 from llmopt.partition.timeline import as_svg
+from llmopt.partition.wanted import OBJECTIVES, Model, Wanted
 from llmopt.progress import Progress
 from llmopt.quantize.assign import assign
 from llmopt.quantize.scheme import parse_scheme

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from llmopt.partition.classes import AnyOrder
+from llmopt.partition.classes import AnyOrder, Grouping
 from llmopt.partition.fixed import FixedOrder
 from llmopt.partition.joining import best
 from tests.partition.brute import brute_force, case, slots_of, worth
@@ -42,7 +42,8 @@ def test_classes_in_any_order_are_cut_as_well_as_in_the_best(first):
             slots = slots_of([(name, place) for place, name in enumerate(order)], options, hops)
             wanted = min(wanted, brute_force(kinds, slots, objective))
         counts = [names.count(name) for name in options]
-        free = AnyOrder(kinds=kinds, counts=counts, degrees=[1] * len(kinds), hop_s=hops[1])
+        groupings = [Grouping(place, 1, 1) for place in range(len(kinds))]
+        free = AnyOrder(kinds=kinds, groupings=groupings, counts=counts, hop_s=hops[1])
         several = best(free, objective)
         there = [kind for kind, count in zip(kinds, counts, strict=True) if count and math.isfinite(kind.alone())]
         values = [objective.value(kind.alone(), kind.alone()) for kind in there]

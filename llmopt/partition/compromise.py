@@ -1,0 +1,250 @@
+"""The best stages under several conditions at once, such as a least time for a token with a bound on the first. Exact.
+
+What stages add up to, and the largest of them, for each thing that is asked about, is a label; of two labels of one
+state and item, one that is nowhere smaller is dropped (Pareto). Labels are continued in the order of what they can
+still become at best, so the first that is complete is the best (A*, Hart, Nilsson and Raphael 1968); those that can no
+longer keep a condition are dropped.
+"""
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.partition.problem import SLACK, Array, Kind, Objective, Piece
+from llmopt.partition.steps import Steps
+
+MOST_LABELS = 200_000
+MOST_PAIRS = 150_000_000  # steps × pairs of items
+
+Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measure:
+    """Something that stages add up to: times by kind, a hop to each step's devices, and a toll for taking them."""
+
+    objective: Objective
+    times: Sequence[Array]
+    hops: Array
+    tolls: Array
+    at_most: float = math.inf
+
+    def most(self) -> float:
+        """What no stage may be above."""
+        return self.at_most / self.objective.micro_batches * (1 + SLACK)
+
+
+class _Label(NamedTuple):
+    state: int
+    item: int
+    sums: tuple[float, ...]
+    largest: tuple[float, ...]
+    before: int  # the label that it continues
+    step: int
+
+
+class _Fan(NamedTuple):
+    """Everything that may follow: steps and where their stages end; for each measure what these take, and what is left
+    at least, [measures, ways]."""
+
+    steps: Indices
+    stops: Indices
+    costs: Array
+    rest_sums: Array
+    rest_largest: Array
+
+
+class Outcome(NamedTuple):
+    """The best stages, if there are any, and what nothing that keeps the conditions is below."""
+
+    pieces: list[Piece] | None
+    bound: float
+
+
+@dataclass(kw_only=True, eq=False)
+class Compromise:
+    """The first measure is made least, and all stay within their bounds."""
+
+    steps: Steps
+    kinds: Sequence[Kind]
+    kind_of: Sequence[int | None]
+    degree: Sequence[int]
+    measures: Sequence[Measure]
+    _labels: list[_Label] = field(default_factory=list, init=False)
+    _fronts: dict[tuple[int, int], list[tuple[float, ...]]] = field(default_factory=dict, init=False)
+    _fans: dict[tuple[int, int], _Fan] = field(default_factory=dict, init=False)
+    _leaving: list[list[int]] = field(init=False)
+    _allowed: dict[tuple[int, tuple[float, ...]], Mask] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._leaving = [[] for _ in range(self.steps.states)]
+        for number, step in enumerate(self.steps.every):
+            self._leaving[step.before].append(number)
+
+    @property
+    def affordable(self) -> bool:
+        """Whether its tables are of a size that there is memory and time for."""
+        return len(self.steps.every) * (self.kinds[0].items + 1) ** 2 <= MOST_PAIRS
+
+    def solve(self) -> Outcome:
+        """The best stages; none where nothing keeps the conditions, or where labels are too many to say."""
+        items, ticket = self.kinds[0].items, count()
+        zeros = (0.0,) * len(self.measures)
+        first = _Label(0, 0, zeros, zeros, -1, -1)
+        start = self._worth(*(rest[:, 0, 0] for rest in self._rests))
+        queue = [(float(start), 0, next(ticket), first)] if math.isfinite(start) else []
+        while queue:
+            bound, _, _, label = heapq.heappop(queue)
+            if self._is_beaten(label):
+                continue
+            if label.item == items:
+                return Outcome(self._pieces(label), bound)
+            if len(self._labels) >= MOST_LABELS:
+                return Outcome(None, bound)
+            self._labels.append(label)
+            for value, new in self._continued(label, len(self._labels) - 1):
+                if self._is_new(new):
+                    heapq.heappush(queue, (value, -new.item, next(ticket), new))
+        return Outcome(None, math.inf)
+
+    def _continued(self, label: _Label, number: int) -> Iterator[tuple[float, _Label]]:
+        fan = self._fan(label.state, label.item)
+        sums = np.array(label.sums)[:, None] + fan.costs
+        largest = np.maximum(np.array(label.largest)[:, None], fan.costs)
+        values = self._worth(sums + fan.rest_sums, np.maximum(largest, fan.rest_largest))
+        for place in np.flatnonzero(np.isfinite(values)).tolist():
+            chosen = int(fan.steps[place])
+            yield (
+                float(values[place]),
+                _Label(
+                    self.steps.every[chosen].after,
+                    int(fan.stops[place]),
+                    tuple(sums[:, place].tolist()),
+                    tuple(largest[:, place].tolist()),
+                    number,
+                    chosen,
+                ),
+            )
+
+    def _fan(self, state: int, item: int) -> _Fan:
+        """Everything that may follow a state and an item."""
+        if (state, item) not in self._fans:
+            parts = [self._part(number, item) for number in self._leaving[state]]
+            stops = np.concatenate([np.array([], dtype=np.int64), *(stops for stops, _ in parts)])
+            steps = np.repeat(np.array(self._leaving[state], dtype=np.int64), [len(stops) for stops, _ in parts])
+            costs = np.concatenate([np.zeros((len(self.measures), 0)), *(costs for _, costs in parts)], axis=1)
+            after = np.array([self.steps.every[number].after for number in steps.tolist()], dtype=np.int64)
+            rest_sums, rest_largest = (rest[:, after, stops] for rest in self._rests)
+            self._fans[state, item] = _Fan(steps, stops, costs, rest_sums, rest_largest)
+        return self._fans[state, item]
+
+    def _part(self, number: int, item: int) -> tuple[Indices, Array]:
+        """Where a step's stage may end, and what it takes then, [measures, stops]."""
+        kind = self.kind_of[number]
+        if kind is None:
+            return np.array([item]), np.zeros((len(self.measures), 1))
+        stops = np.flatnonzero(self._table(number, kind)[item])
+        costs = [
+            one.times[kind][stops] - one.times[kind][item] + one.tolls[number] + (one.hops[number] if item else 0.0)
+            for one in self.measures
+        ]
+        return stops, np.array(costs)
+
+    def _worth(self, sums: Array, largest: Array) -> Array:
+        """Of the first measure, where all are within their bounds; else infinite."""
+        values = [
+            _values(one.objective, total, most) for one, total, most in zip(self.measures, sums, largest, strict=True)
+        ]
+        kept = np.all([value <= one.at_most * (1 + SLACK) for one, value in zip(self.measures, values, strict=True)], 0)
+        return np.where(kept, values[0], np.inf)
+
+    def _dimensions(self, label: _Label) -> tuple[float, ...]:
+        """What labels are compared by: the largest stage counts where there are several micro-batches."""
+        several = (
+            most for one, most in zip(self.measures, label.largest, strict=True) if one.objective.micro_batches > 1
+        )
+        return (*label.sums, *several)
+
+    def _is_beaten(self, label: _Label) -> bool:
+        mine = self._dimensions(label)
+        return mine not in self._fronts.get((label.state, label.item), [mine])
+
+    def _is_new(self, label: _Label) -> bool:
+        """Whether no label of its state and item is as good; those that it is as good as are dropped."""
+        front = self._fronts.setdefault((label.state, label.item), [])
+        mine = self._dimensions(label)
+        for other in front:
+            if all(one <= own * (1 + SLACK) for one, own in zip(other, mine, strict=True)):
+                return False
+        front[:] = [other for other in front if not all(own <= one for one, own in zip(other, mine, strict=True))]
+        front.append(mine)
+        return True
+
+    def _pieces(self, label: _Label) -> list[Piece]:
+        pieces: list[Piece] = []
+        while label.before >= 0:
+            before, kind = self._labels[label.before], self.kind_of[label.step]
+            if kind is not None:
+                pieces.append(Piece(label.step, self.degree[label.step], kind, before.item, label.item))
+            label = before
+        return pieces[::-1]
+
+    def _table(self, step: int, kind: int) -> Mask:
+        """Whether a stage may be from one item to another: it fits, and no measure is above its bound."""
+        key = (kind, tuple(float(one.hops[step] + one.tolls[step]) for one in self.measures))
+        if key not in self._allowed:
+            places = np.arange(self.kinds[kind].items + 1)
+            allowed = (places[None] > places[:, None]) & (places[None] <= self.kinds[kind].far[:, None])
+            for one in self.measures:
+                allowed &= self._square(one, step, kind) <= one.most()
+            self._allowed[key] = allowed
+        return self._allowed[key]
+
+    def _square(self, one: Measure, step: int, kind: int) -> Array:
+        """What a stage takes from one item to another, [items + 1, items + 1]."""
+        time = one.times[kind]
+        hop = np.where(np.arange(len(time)) > 0, one.hops[step], 0.0)[:, None]
+        whole: Array = time[None] - time[:, None] + one.tolls[step] + hop
+        return whole
+
+    @cached_property
+    def _rests(self) -> tuple[Array, Array]:
+        """What the items from each on take at least behind each state, and the least largest: [measures, states,
+        items + 1]."""
+        size = self.kinds[0].items + 1
+        sums = np.full((len(self.measures), self.steps.states, size), np.inf)
+        sums[:, :, -1] = 0.0
+        largest = sums.copy()
+        squares: dict[tuple[int, int, float], Array] = {}
+        for number in sorted(range(len(self.steps.every)), key=lambda number: -self.steps.every[number].before):
+            step, kind = self.steps.every[number], self.kind_of[number]
+            for place, one in enumerate(self.measures):
+                if kind is None:
+                    costs_to = None
+                else:
+                    key = (place, kind, float(one.hops[number] + one.tolls[number]))
+                    if key not in squares:
+                        squares[key] = np.where(self._table(number, kind), self._square(one, number, kind), np.inf)
+                    costs_to = squares[key]
+                for rest, join in ((sums, np.add), (largest, np.maximum)):
+                    behind = rest[place, step.after]
+                    new = behind if costs_to is None else join(costs_to, behind[None]).min(axis=1)
+                    np.minimum(rest[place, step.before], new, out=rest[place, step.before])
+        return sums, largest
+
+
+def _values(objective: Objective, totals: Array, largest: Array) -> Array:
+    """Of many sums and largest stages, some of them infinite."""
+    if objective.micro_batches == 1:
+        return totals
+    if objective.form == "rounds":
+        return np.maximum(totals, objective.micro_batches * largest)
+    return totals + (objective.micro_batches - 1) * largest
