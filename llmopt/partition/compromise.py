@@ -75,8 +75,8 @@ class Compromise:
 
     steps: Steps
     kinds: Sequence[Kind]
-    kind_of: Sequence[int | None]
-    degree: Sequence[int]
+    kind_of: Sequence[int]
+    degrees: Sequence[int]
     measures: Sequence[Measure]
     _labels: list[_Label] = field(default_factory=list, init=False)
     _fronts: dict[tuple[int, int], list[tuple[float, ...]]] = field(default_factory=dict, init=False)
@@ -85,7 +85,7 @@ class Compromise:
     _allowed: dict[tuple[int, tuple[float, ...]], Mask] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._leaving = [[] for _ in range(self.steps.states)]
+        self._leaving = [[] for _ in range(len(self.steps.levels))]
         for number, step in enumerate(self.steps.every):
             self._leaving[step.before].append(number)
 
@@ -149,8 +149,6 @@ class Compromise:
     def _part(self, number: int, item: int) -> tuple[Indices, Array]:
         """Where a step's stage may end, and what it takes then, [measures, stops]."""
         kind = self.kind_of[number]
-        if kind is None:
-            return np.array([item]), np.zeros((len(self.measures), 1))
         stops = np.flatnonzero(self._table(number, kind)[item])
         costs = [
             one.times[kind][stops] - one.times[kind][item] + one.tolls[number] + (one.hops[number] if item else 0.0)
@@ -192,8 +190,7 @@ class Compromise:
         pieces: list[Piece] = []
         while label.before >= 0:
             before, kind = self._labels[label.before], self.kind_of[label.step]
-            if kind is not None:
-                pieces.append(Piece(label.step, self.degree[label.step], kind, before.item, label.item))
+            pieces.append(Piece(label.step, self.degrees[label.step], kind, before.item, label.item))
             label = before
         return pieces[::-1]
 
@@ -220,23 +217,18 @@ class Compromise:
         """What the items from each on take at least behind each state, and the least largest: [measures, states,
         items + 1]."""
         size = self.kinds[0].items + 1
-        sums = np.full((len(self.measures), self.steps.states, size), np.inf)
+        sums = np.full((len(self.measures), len(self.steps.levels), size), np.inf)
         sums[:, :, -1] = 0.0
         largest = sums.copy()
         squares: dict[tuple[int, int, float], Array] = {}
         for number in sorted(range(len(self.steps.every)), key=lambda number: -self.steps.every[number].before):
             step, kind = self.steps.every[number], self.kind_of[number]
             for place, one in enumerate(self.measures):
-                if kind is None:
-                    costs_to = None
-                else:
-                    key = (place, kind, float(one.hops[number] + one.tolls[number]))
-                    if key not in squares:
-                        squares[key] = np.where(self._table(number, kind), self._square(one, number, kind), np.inf)
-                    costs_to = squares[key]
+                key = (place, kind, float(one.hops[number] + one.tolls[number]))
+                if key not in squares:
+                    squares[key] = np.where(self._table(number, kind), self._square(one, number, kind), np.inf)
                 for rest, join in ((sums, np.add), (largest, np.maximum)):
-                    behind = rest[place, step.after]
-                    new = behind if costs_to is None else join(costs_to, behind[None]).min(axis=1)
+                    new = join(squares[key], rest[place, step.after][None]).min(axis=1)
                     np.minimum(rest[place, step.before], new, out=rest[place, step.before])
         return sums, largest
 

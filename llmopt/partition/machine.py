@@ -91,8 +91,9 @@ class Machine:
         links = machine.link, self.cluster.between
         prefill_s = np.array([link.seconds(self.costs.prefill_hop_bytes) if link else 0.0 for link in links])
         decode_s = np.array([link.seconds(self.costs.decode_hop_bytes) if link else 0.0 for link in links])
-        inside, between = self._mixed(metric, prefill_s, decode_s)
-        return float(inside), max(float(between), float(inside))
+        # From another node no phase is quicker than within one.
+        inside, between = self._mixed(metric, np.maximum.accumulate(prefill_s), np.maximum.accumulate(decode_s))
+        return float(inside), float(between)
 
     def _back_s(self) -> float:
         """The chosen tokens go back to the first stage, over the slowest link that there is."""

@@ -6,12 +6,9 @@ from functools import lru_cache
 from itertools import groupby
 
 from llmopt.partition.cluster import Device
-from llmopt.partition.free import FreeOrder
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.problem import Kind, Piece
-from llmopt.partition.steps import Counts, Option, Site, Step, Steps, steps_in_any_order
-
-MOST_CELLS = 1_500_000  # steps × items: about a second for a question
+from llmopt.partition.steps import Counts, Option, Site, Steps, steps_in_any_order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,11 +20,10 @@ class Nodes:
     sites: tuple[Site, ...]
     options: tuple[Option, ...]
 
-    def steps(self) -> Steps | None:
-        """The graph of all orders; None where it is too large to be gone through."""
-        items = self.machine.costs.items
-        most_stages = min(items, sum(site.nodes * sum(site.counts) for site in self.sites))
-        return _steps(self.sites, self.options, most_stages, MOST_CELLS // items)
+    def steps(self, most_steps: int) -> Steps | None:
+        """The graph of all orders; None where it is larger than that."""
+        most_stages = min(self.machine.costs.items, sum(site.nodes * sum(site.counts) for site in self.sites))
+        return _steps(self.sites, self.options, most_stages, most_steps)
 
     def device(self, option: Option) -> Device:
         """One that an option is about."""
@@ -37,42 +33,23 @@ class Nodes:
         """The group of each option as the search knows it."""
         return [self.machine.kind(self.machine.group(self.device(one), one.degree), metric) for one in self.options]
 
-    def hop_s(self, metric: Metric, step: Step) -> float:
-        """To the devices that a step takes."""
-        assert step.option is not None
-        inside_s, between_s = self.machine.hops_s(metric, self.device(self.options[step.option]).node)
-        return inside_s if step.near else between_s
-
-    def free_order(self, steps: Steps, metric: Metric) -> FreeOrder:
-        """All orders as one problem."""
-        chosen = [step.option for step in steps.every if step.option is not None]
-        return FreeOrder(
-            kinds=self.kinds(metric),
-            steps=steps,
-            degree=[self.options[option].degree for option in chosen],
-            kind_of=chosen,
-            hop_s=[self.hop_s(metric, step) for step in steps.every],
-            most_stages=min(self.machine.costs.items, sum(site.nodes * sum(site.counts) for site in self.sites)),
-        )
-
-    def laid_out(self, steps: Steps, pieces: Sequence[Piece]) -> tuple[tuple[Device, ...], tuple[Piece, ...]]:
+    def placed(self, steps: Steps, pieces: Sequence[Piece]) -> tuple[tuple[Device, ...], tuple[Piece, ...]]:
         """The devices of stages that were found, one behind the other, and the stages on them."""
         taken: dict[tuple[int, int], Counts] = {}
         last: tuple[int, int] | None = None
         order: list[Device] = []
-        placed = []
+        found = []
         for piece in pieces:
             step = steps.every[piece.slot]
-            assert step.option is not None
             option = self.options[step.option]
             if not step.near or last is None:
                 last = self._node(option.site, step.taken, taken, last)
             before = taken.get(last, (0,) * len(self.sites[option.site].counts))
             first = before[option.place]
-            placed.append(piece._replace(slot=len(order)))
+            found.append(piece._replace(slot=len(order)))
             order += self.devices[option.site][last[1]][option.place][first : first + option.degree]
             taken[last] = tuple(one + option.degree * (place == option.place) for place, one in enumerate(before))
-        return tuple(order), tuple(placed)
+        return tuple(order), tuple(found)
 
     def _node(
         self, site: int, wanted: Counts | int, taken: dict[tuple[int, int], Counts], last: tuple[int, int] | None

@@ -1,6 +1,6 @@
 """The best stages for the devices of one replica, in a given order or in any.
 
-An open order is gone through exactly, node by node, where there are few enough ways (`nodes`). Else devices count by
+All orders are gone through where there are few enough ways (`steps`). Else devices count by
 class (`by_class`), and the bound says how far from the best that can be.
 """
 
@@ -8,14 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llmopt.partition.by_class import likely_orders
+from llmopt.partition.by_class import least_possible, likely_orders
 from llmopt.partition.cluster import Device
 from llmopt.partition.fixed import FixedOrder
 from llmopt.partition.joining import best
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.nodes import Nodes, nodes_of
 from llmopt.partition.problem import Piece
-from llmopt.partition.steps import Steps
+from llmopt.partition.ways import Ways, ways_in_any_order, ways_in_order
 
 _FEW_STEPS = 300  # so few are gone through at once
 PROVEN = 1e-8  # relative: a bound that is nearer than that is reached
@@ -39,18 +39,24 @@ def solve_order(
     if not kinds:
         return None  # no node has a group of that many devices
     order, objective = FixedOrder(kinds=kinds, slots=slots), machine.objective(metric)
-    found: list[tuple[float, tuple[Piece, ...]]] = []
+    found: list[Solution] = []
     if (alone := order.alone()) is not None:
         seconds = kinds[alone.kind].alone()
-        found.append((objective.value(seconds, seconds), (alone,)))
-    pieces = best(order, objective, min(at_most, found[0][0] if found else math.inf))
+        value = objective.value(seconds, seconds)
+        found.append(Solution(devices=tuple(devices), pieces=(alone,), value=value, bound=value))
+    limit = min([at_most, *(one.value for one in found)])
+    bound = math.inf
+    if len({slot.run for slot in slots}) > len({device.node for device in devices}):
+        # A node comes again: how far its next device is depends on whether those in between are left out.
+        if (ways := ways_in_order(machine, devices)) is not None:
+            return _least([*found, *_along(ways, metric, limit)], bound)
+        bound = least_possible(machine, devices, metric)
+    pieces = best(order, objective, limit)
     if pieces is not None:
         each = order.seconds(pieces)
-        found.append((objective.value(sum(each), max(each)), tuple(pieces)))
-    if not found:
-        return None
-    value, chosen = min(found)
-    return Solution(devices=tuple(devices), pieces=chosen, value=value, bound=value)
+        value = objective.value(sum(each), max(each))
+        found.append(Solution(devices=tuple(devices), pieces=tuple(pieces), value=value, bound=value))
+    return _least(found, bound)
 
 
 def solve_any_order(
@@ -61,18 +67,17 @@ def solve_any_order(
     if not nodes.options:
         return None  # no node has a group of that many devices
     found = [one for one in [_alone(nodes, metric)] if one is not None]
-    steps = nodes.steps()
+    ways = ways_in_any_order(machine, devices)
     limit = min([at_most, *(one.value for one in found)])
-    if steps is None or len(steps.every) > _FEW_STEPS:
+    if ways is None or len(ways.steps.every) > _FEW_STEPS:
         likely = likely_orders(machine, devices, metric, limit)
         cut = (solve_order(machine, order, metric, limit) for order in likely.orders)
         found += [one for one in cut if one is not None]
         bound = min([likely.bound, *(one.value for one in found)])
-        if steps is None or likely.bound >= min([at_most, *(one.value for one in found)]) * (1 - PROVEN):
+        if ways is None or likely.bound >= min([at_most, *(one.value for one in found)]) * (1 - PROVEN):
             return _least(found, bound)
         limit = min([at_most, *(one.value for one in found)])
-    found += [one for one in [_solve_nodes(nodes, steps, metric, limit)] if one is not None]
-    return _least(found, math.inf)
+    return _least([*found, *_along(ways, metric, limit)], math.inf)
 
 
 def _least(found: Sequence[Solution], bound: float) -> Solution | None:
@@ -96,12 +101,13 @@ def _alone(nodes: Nodes, metric: Metric) -> Solution | None:
     return Solution(devices=devices, pieces=pieces, value=value, bound=value)
 
 
-def _solve_nodes(nodes: Nodes, steps: Steps, metric: Metric, at_most: float) -> Solution | None:
-    order, objective = nodes.free_order(steps, metric), nodes.machine.objective(metric)
-    pieces = best(order, objective, at_most)
+def _along(ways: Ways, metric: Metric, at_most: float) -> list[Solution]:
+    """The best stages of all ways, if there are any."""
+    problem, objective = ways.stepwise(metric), ways.machine.objective(metric)
+    pieces = best(problem, objective, at_most)
     if pieces is None:
-        return None
-    seconds = order.seconds(pieces)
+        return []
+    seconds = problem.seconds(pieces)
     value = objective.value(sum(seconds), max(seconds))
-    devices, placed = nodes.laid_out(steps, pieces)
-    return Solution(devices=devices, pieces=placed, value=value, bound=value)
+    devices, placed = ways.placed(pieces)
+    return [Solution(devices=devices, pieces=placed, value=value, bound=value)]

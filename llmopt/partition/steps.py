@@ -1,8 +1,8 @@
 """Ways to take devices into use, one group after another, as a graph: a state is what is in use and where the last is.
 
-In a given order, a state is a place in it and whether the last stage was in the node there. In any order, it is what
-each node has in use and which node is the last; nodes that are alike may change places, so only how many of them have
-what in use counts. Both say all that times and memory depend on.
+In a given order, a state is the place behind the last device in use. In any order, it is what each node has in use and
+which node is the last; nodes that are alike may change places, so only how many of them have what in use counts. Both
+say all that times and memory depend on.
 """
 
 import math
@@ -11,20 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from llmopt.partition.problem import Slot
 
 Counts = tuple[int, ...]  # devices in use of a node, by class
 
 
 class Step(NamedTuple):
-    """One group more: from a state to a state with a greater number. `option` is None where a place is skipped."""
+    """One group more: from a state to a state with a greater number. `option` says which group."""
 
     before: int
     after: int
-    option: int | None
+    option: int
     near: bool  # in the node of the last stage
     taken: Counts | int  # what its node had in use before; in a given order, the place of its first device
 
@@ -46,34 +43,23 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Steps:
-    """The graph. State 0 is that nothing is in use."""
+    """The graph. State 0 is that nothing is in use; no step leads to a state of the same or a lower level."""
 
-    states: int
+    levels: tuple[int, ...]  # of each state
     every: tuple[Step, ...]
 
-    @property
-    def before(self) -> npt.NDArray[np.int64]:
-        """The state that each step begins with."""
-        return np.array([step.before for step in self.every], dtype=np.int64)
 
-    @property
-    def after(self) -> npt.NDArray[np.int64]:
-        """The state that each step ends with."""
-        return np.array([step.after for step in self.every], dtype=np.int64)
-
-
-def steps_in_order(slots: Sequence[Slot]) -> Steps:
-    """For one order: two states a place, elsewhere and here. An option is the number of a kind."""
-    runs = [*(slot.run for slot in slots), -1]
+def steps_in_order(slots: Sequence[Slot], nodes: Sequence[int], *, most_steps: int) -> Steps | None:
+    """For one order of devices in these nodes: a state is the place behind the last that is in use. An option is the
+    number of a kind. None where there are more steps than `most_steps`."""
+    if len(slots) * sum(len(slot.options) for slot in slots) > 2 * most_steps:
+        return None
     found = []
-    for place, slot in enumerate(slots):
-        for here in (0, 1):
-            stays = int(here and runs[place + 1] == slot.run)
-            found.append(Step(2 * place + here, 2 * (place + 1) + stays, None, False, place))
-            for degree, kind in slot.options:
-                after = place + degree
-                found.append(Step(2 * place + here, 2 * after + (runs[after] == slot.run), kind, bool(here), place))
-    return Steps(states=2 * len(runs), every=tuple(found))
+    for before in range(len(slots)):
+        for place in range(before, len(slots)):
+            near = before > 0 and nodes[before - 1] == nodes[place]
+            found += [Step(before, place + degree, kind, near, place) for degree, kind in slots[place].options]
+    return Steps(levels=tuple(range(len(slots) + 1)), every=tuple(sorted(found, key=lambda step: step.after)))
 
 
 class _Use(NamedTuple):
@@ -99,11 +85,13 @@ def steps_in_any_order(
     nothing = _Use(None, ())
     waiting: dict[int, dict[_Use, int]] = {0: {nothing: 0}}  # by devices in use: states, and their fewest stages
     numbers: dict[_Use, int] = {}
+    levels: list[int] = []
     found: list[tuple[int, _Use, int, bool, Counts]] = []
     while waiting:
         total = min(waiting)
         for use, stages in waiting.pop(total).items():
             numbers[use] = len(numbers)
+            levels.append(total)
             if stages == most_stages:
                 continue  # every stage has an item
             for number, near, taken, after in _ways(use, sites, options):
@@ -113,7 +101,7 @@ def steps_in_any_order(
             if len(found) > most_steps:
                 return None
     every = [Step(before, numbers[after], number, near, taken) for before, after, number, near, taken in found]
-    return Steps(states=len(numbers), every=tuple(sorted(every, key=lambda step: step.after)))
+    return Steps(levels=tuple(levels), every=tuple(sorted(every, key=lambda step: step.after)))
 
 
 def _ways(use: _Use, sites: Sequence[Site], options: Sequence[Option]) -> Iterator[tuple[int, bool, Counts, _Use]]:

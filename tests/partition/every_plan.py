@@ -29,7 +29,7 @@ def random_search(seed, *, devices=4, wanted=None):
         "hidden_size": 16 * heads,
         "head_dim": 16,
         "intermediate_size": 24 * heads,
-        "num_hidden_layers": draw.randint(1, 4),
+        "num_hidden_layers": draw.randint(1, 5),
         "num_attention_heads": heads,
         "num_key_value_heads": draw.choice([1, heads]),
         "max_position_embeddings": 512,
@@ -56,7 +56,7 @@ def _bytes(spec):
 def _cluster(draw, size, most):
     kinds = {
         f"k{number}": {
-            "memory_gb": size * draw.choice([0.3, 0.5, 0.8, 2.0, 9.0]) / 1e9,
+            "memory_gb": size * draw.choice([0.4, 0.6, 0.9, 2.0, 9.0]) / 1e9,
             "launch_us": draw.choice([0, 2]),
             "price_per_hour": draw.choice([1, 2, 3.5]),
             "speeds": {"float32": {"tflops": draw.choice([0.001, 0.002, 0.01]), "gb_per_s": draw.choice([0.5, 1, 4])}},

@@ -1,6 +1,6 @@
-"""Stages for nodes of devices in whatever order is best. Exact: every order is gone through, by what is in use.
+"""Stages along a graph of steps, each of which takes a group of devices into use. Exact.
 
-`sums[s, i]` is the least sum of stages that take the first i items with what state s has in use (`steps`).
+`sums[s, i]` is the least sum of stages that take the first i items with what state s has in use.
 """
 
 import math
@@ -20,7 +20,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class _Batch(NamedTuple):
-    """Steps with one kind and hop to states with as many devices in use: each target's steps begin at `starts`."""
+    """Steps with one kind and hop to states of one level: each target's steps begin at `starts`."""
 
     kind: int
     hop_s: float
@@ -30,33 +30,26 @@ class _Batch(NamedTuple):
 
 
 @dataclass(kw_only=True, eq=False)
-class FreeOrder:
-    """Every order of nodes and devices. A piece's slot is the number of the step that takes its devices.
+class Stepwise:
+    """A graph, and what each step takes into use, and the hop to it. A piece's slot is the number of its step."""
 
-    `kind_of` and `hop_s` are what each step takes into use, and the hop to it; `level` the devices in use behind it.
-    """
-
-    kinds: Sequence[Kind]
     steps: Steps
-    degree: Sequence[int]
+    kinds: Sequence[Kind]
     kind_of: Sequence[int]
-    hop_s: Sequence[float]
+    degrees: Sequence[int]
+    hops_s: Sequence[float]
     most_stages: int
     _batches: list[_Batch] = field(init=False)
     _into: dict[int, list[int]] = field(default_factory=dict, init=False)
-    _tables: dict[float, Array] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for number, step in enumerate(self.steps.every):
             self._into.setdefault(step.after, []).append(number)
-        level = np.zeros(self.steps.states, dtype=np.int64)
-        for number, step in enumerate(self.steps.every):
-            level[step.after] = level[step.before] + self.degree[number]
 
         def key(number: int) -> tuple[int, int, float, int]:
             step = self.steps.every[number]
-            hop_s = self.hop_s[number] if step.before else 0.0
-            return int(level[step.after]), self.kind_of[number], hop_s, step.after
+            hop_s = self.hops_s[number] if step.before else 0.0
+            return self.steps.levels[step.after], self.kind_of[number], hop_s, step.after
 
         numbers = sorted(range(len(self.steps.every)), key=key)
         self._batches = [
@@ -66,13 +59,13 @@ class FreeOrder:
 
     def longest_s(self) -> float:
         """Everything on the slowest, and the longest hop."""
-        return max(float(kind.time[-1]) for kind in self.kinds) + max(self.hop_s)
+        return max(float(kind.time[-1]) for kind in self.kinds) + max(self.hops_s)
 
     def seconds(self, pieces: Sequence[Piece]) -> list[float]:
         """What each stage takes."""
         return [
             float(self.kinds[piece.kind].time[piece.stop] - self.kinds[piece.kind].time[piece.first])
-            + (self.hop_s[piece.slot] if piece.first else 0.0)
+            + (self.hops_s[piece.slot] if piece.first else 0.0)
             for piece in pieces
         ]
 
@@ -84,7 +77,7 @@ class FreeOrder:
     def least_sum(self, limit: float = math.inf) -> tuple[list[Piece], float] | None:
         """Stages whose sum is least, none above `limit`, and that sum."""
         size = self.kinds[0].items + 1
-        sums = np.full((self.steps.states, size), np.inf)
+        sums = np.full((len(self.steps.levels), size), np.inf)
         sums[0, 0] = 0.0
         firsts: dict[tuple[int, float], Indices] = {}
         for batch in self._batches:
@@ -110,12 +103,12 @@ class FreeOrder:
         value = sums[state, stop]
         for number in self._into[state]:
             before, kind = self.steps.every[number].before, self.kinds[self.kind_of[number]]
-            hop_s = self.hop_s[number] if before else 0.0
+            hop_s = self.hops_s[number] if before else 0.0
             low = int(first_items(kind, limit - hop_s)[stop])
             costs = sums[before, low:stop] - kind.time[low:stop] + kind.time[stop] + hop_s
             if len(costs) and abs(costs.min() - value) <= SLACK * abs(value):
                 first = low + int(costs.argmin())
-                return Piece(number, self.degree[number], self.kind_of[number], first, stop)
+                return Piece(number, self.degrees[number], self.kind_of[number], first, stop)
         raise AssertionError("a sum without its stages")
 
 
