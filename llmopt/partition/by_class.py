@@ -8,7 +8,7 @@ every degree allowed and the links that are really there.
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -22,36 +22,42 @@ from llmopt.partition.problem import Kind, Objective, Piece
 
 _MOST_POOLED = 3_000_000  # states × groupings
 _MOST_SUMMED = 40_000_000  # the same × items, for a least sum
-_MOST_JOINED = 1_000_000  # the same, where many least sums are asked for
+_MOST_JOINED = 100_000  # the same, where many least sums are asked for
 _NEAR = 1e-6  # relative: what is cut again for the order that is found need not be exact
 
 
-class Bounded(NamedTuple):
-    """Orders that are likely to be good, and the seconds that nothing in any order is below."""
+class Likely(NamedTuple):
+    """Orders that are likely to be good, the likelier first, and the seconds that nothing in any order is below."""
 
-    orders: list[list[Device]]
+    orders: Iterator[list[Device]]
     bound: float
 
 
-def likely_orders(machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf) -> Bounded:
+def likely_orders(machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf) -> Likely:
     """Orders to cut, none where nothing can be below `at_most`."""
     objective = machine.objective(metric)
     shortest, longest = _hops(machine, devices, metric)
     pooled = _pooled(machine, devices, metric, shortest)
     bound = simple_bound(pooled, objective)
     if bound >= at_most:
-        return Bounded([], bound)
-    if pooled.states * len(pooled.kinds) <= _MOST_POOLED:
-        found, lowest = _stages(pooled, objective, at_most)
-        bound = max(bound, lowest)
-        if bound >= at_most:
-            return Bounded([], bound)
+        return Likely(iter(()), bound)
+    if pooled.states * len(pooled.kinds) > _MOST_POOLED:
+        orders = (_by_degrees(machine, devices, metric, longest, at_most) for _ in range(1))
+        return Likely(chain(chain.from_iterable(orders), by_permuted_class(devices)), bound)
+    found, lowest = _stages(pooled, objective, at_most)
+    bound = max(bound, lowest)
+    if bound >= at_most:
+        return Likely(iter(()), bound)
+
+    def orders_by_hop() -> Iterator[list[Device]]:
+        for pieces in found:
+            yield laid_out(_named(pooled, devices, pieces), devices)
         if longest > shortest:
-            found += _stages(_pooled(machine, devices, metric, longest), objective, math.inf)[0]
-        orders = [laid_out(_named(pooled, devices, pieces), devices) for pieces in found]
-    else:
-        orders = _by_degrees(machine, devices, metric, longest, at_most)
-    return Bounded([*orders, *by_permuted_class(devices)], bound)
+            far = _pooled(machine, devices, metric, longest)
+            for pieces in _stages(far, objective, math.inf)[0]:
+                yield laid_out(_named(far, devices, pieces), devices)
+
+    return Likely(chain(orders_by_hop(), by_permuted_class(devices)), bound)
 
 
 def least_possible(machine: Machine, devices: Sequence[Device], metric: Metric) -> float:
@@ -80,6 +86,9 @@ def _stages(problem: AnyOrder, objective: Objective, at_most: float) -> tuple[li
     small = smallest_largest(problem, at_most / objective.micro_batches, _NEAR)
     if small is None:
         return [], at_most
+    total = sum(np.array([np.diff(kind.time) for kind in problem.kinds]).min(axis=0))
+    if objective.value(float(total), small[1]) >= at_most:
+        return [small[0]], at_most
     # The least sum and the smallest largest, if no stages have both, are still a bound.
     summed = problem.least_sum() if _cells(problem) <= _MOST_SUMMED and problem.can_sum else None
     least = summed[1] if summed is not None else 0.0

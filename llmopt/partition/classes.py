@@ -85,14 +85,13 @@ class AnyOrder:
     def within(self, seconds: float) -> list[Piece] | None:
         """Stages of at most so many seconds, or None."""
         befores, levels = self._table
-        jumps = [self._jumps(kind, seconds) for kind in self.kinds]
+        jumps = np.stack([self._jumps(kind, seconds) for kind in self.kinds])
+        every = np.arange(len(self.kinds))
         items = self.kinds[0].items
         reached = np.zeros(len(befores) + 1, dtype=np.int64)
         reached[-1] = items + 1  # of counts that do not exist: nothing comes from there
         for level in levels:
-            furthest = np.zeros(level.stop - level.start, dtype=np.int64)
-            for number, jump in enumerate(jumps):
-                np.maximum(furthest, jump[reached[befores[level, number]]], out=furthest)
+            furthest = jumps[every, reached[befores[level]]].max(axis=1)
             reached[level] = furthest
             best = int(furthest.argmax())
             if furthest[best] == items:
@@ -153,7 +152,7 @@ class AnyOrder:
         jump[0] = kind.reach(0, seconds)
         return jump
 
-    def _trace(self, state: int, reached: Indices, jumps: Sequence[Indices]) -> list[Piece]:
+    def _trace(self, state: int, reached: Indices, jumps: Indices) -> list[Piece]:
         befores, _ = self._table
         found: list[tuple[int, int, int]] = []
         while reached[state]:

@@ -32,9 +32,12 @@ class Solution:
 
 
 def solve_order(
-    machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf
+    machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf, *, exact: bool = True
 ) -> Solution | None:
-    """The best stages for one order; None where nothing fits, or nothing is below `at_most`."""
+    """The best stages for one order; None where nothing fits, or nothing is below `at_most`.
+
+    Without `exact`, a node that is left and comes again counts as another, which is quicker to search.
+    """
     kinds, slots = machine.slots(devices, metric)
     if not kinds:
         return None  # no node has a group of that many devices
@@ -46,7 +49,7 @@ def solve_order(
         found.append(Solution(devices=tuple(devices), pieces=(alone,), value=value, bound=value))
     limit = min([at_most, *(one.value for one in found)])
     bound = math.inf
-    if len({slot.run for slot in slots}) > len({device.node for device in devices}):
+    if exact and len({slot.run for slot in slots}) > len({device.node for device in devices}):
         # A node comes again: how far its next device is depends on whether those in between are left out.
         if (ways := ways_in_order(machine, devices)) is not None:
             return _least([*found, *_along(ways, metric, limit)], bound)
@@ -71,12 +74,14 @@ def solve_any_order(
     limit = min([at_most, *(one.value for one in found)])
     if ways is None or len(ways.steps.every) > _FEW_STEPS:
         likely = likely_orders(machine, devices, metric, limit)
-        cut = (solve_order(machine, order, metric, limit) for order in likely.orders)
-        found += [one for one in cut if one is not None]
-        bound = min([likely.bound, *(one.value for one in found)])
-        if ways is None or likely.bound >= min([at_most, *(one.value for one in found)]) * (1 - PROVEN):
-            return _least(found, bound)
-        limit = min([at_most, *(one.value for one in found)])
+        for order in likely.orders:
+            if likely.bound >= limit * (1 - PROVEN):
+                break
+            if (cut := solve_order(machine, order, metric, limit, exact=False)) is not None:
+                found.append(cut)
+                limit = min(limit, cut.value)
+        if ways is None or likely.bound >= limit * (1 - PROVEN):
+            return _least(found, likely.bound)
     return _least([*found, *_along(ways, metric, limit)], math.inf)
 
 

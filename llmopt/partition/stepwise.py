@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.partition.problem import SLACK, Array, Kind, Piece
+from llmopt.partition.problem import Array, Kind, Piece
 from llmopt.partition.steps import Step, Steps
 from llmopt.partition.window import first_items, window_minimum
 
 Indices = npt.NDArray[np.int64]
+Firsts = dict[tuple[int, float], Indices]  # by kind and hop: where a stage may begin at the earliest
 
 
 class _Batch(NamedTuple):
@@ -79,7 +80,7 @@ class Stepwise:
         size = self.kinds[0].items + 1
         sums = np.full((len(self.steps.levels), size), np.inf)
         sums[0, 0] = 0.0
-        firsts: dict[tuple[int, float], Indices] = {}
+        firsts: Firsts = {}
         for batch in self._batches:
             key, kind = (batch.kind, batch.hop_s), self.kinds[batch.kind]
             if key not in firsts:
@@ -89,27 +90,25 @@ class Stepwise:
             sums[batch.targets] = np.minimum(sums[batch.targets], least)
         state = int(sums[:, -1].argmin())
         total = float(sums[state, -1])
-        return (self._trace(state, sums, limit), total) if math.isfinite(total) else None
+        return (self._trace(state, sums, firsts), total) if math.isfinite(total) else None
 
-    def _trace(self, state: int, sums: Array, limit: float) -> list[Piece]:
+    def _trace(self, state: int, sums: Array, firsts: Firsts) -> list[Piece]:
         pieces: list[Piece] = []
         stop = self.kinds[0].items
         while stop:
-            pieces.append(self._last(state, stop, sums, limit))
+            pieces.append(min(self._last(number, stop, sums, firsts) for number in self._into[state])[1])
             state, stop = self.steps.every[pieces[-1].slot].before, pieces[-1].first
         return pieces[::-1]
 
-    def _last(self, state: int, stop: int, sums: Array, limit: float) -> Piece:
-        value = sums[state, stop]
-        for number in self._into[state]:
-            before, kind = self.steps.every[number].before, self.kinds[self.kind_of[number]]
-            hop_s = self.hops_s[number] if before else 0.0
-            low = int(first_items(kind, limit - hop_s)[stop])
-            costs = sums[before, low:stop] - kind.time[low:stop] + kind.time[stop] + hop_s
-            if len(costs) and abs(costs.min() - value) <= SLACK * abs(value):
-                first = low + int(costs.argmin())
-                return Piece(number, self.degrees[number], self.kind_of[number], first, stop)
-        raise AssertionError("a sum without its stages")
+    def _last(self, number: int, stop: int, sums: Array, firsts: Firsts) -> tuple[float, Piece]:
+        """The best sum behind a step whose stage ends before an item, and that stage."""
+        before, kind = self.steps.every[number].before, self.kinds[self.kind_of[number]]
+        hop_s = self.hops_s[number] if before else 0.0
+        low = int(firsts[self.kind_of[number], hop_s][stop])
+        costs = sums[before, low:stop] - kind.time[low:stop] + kind.time[stop] + hop_s
+        place = int(costs.argmin()) if len(costs) else 0
+        least = float(costs[place]) if len(costs) else math.inf
+        return least, Piece(number, self.degrees[number], self.kind_of[number], low + place, stop)
 
 
 def _batch(kind: int, hop_s: float, steps: Sequence[Step]) -> _Batch:

@@ -9,7 +9,6 @@ import random
 from llmopt.model.families import spec_from_config
 from llmopt.partition.cluster import cluster_from_json
 from llmopt.partition.cost import Precision
-from llmopt.partition.machine import Machine
 from llmopt.partition.plan import Workload
 from llmopt.partition.problem import Piece
 from llmopt.partition.search import Search
