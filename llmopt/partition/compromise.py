@@ -10,36 +10,18 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.partition.problem import SLACK, Array, Kind, Objective, Piece
-from llmopt.partition.steps import Steps
+from llmopt.partition.ahead import Ahead
+from llmopt.partition.problem import SLACK, Array, Objective, Piece
 
 MOST_LABELS = 200_000
-MOST_PAIRS = 150_000_000  # steps × pairs of items
 
 Indices = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Measure:
-    """Something that stages add up to: times by kind, a hop to each step's devices, and a toll for taking them."""
-
-    objective: Objective
-    times: Sequence[Array]
-    hops: Array
-    tolls: Array
-    at_most: float = math.inf
-
-    def most(self) -> float:
-        """What no stage may be above."""
-        return self.at_most / self.objective.micro_batches * (1 + SLACK)
 
 
 class _Label(NamedTuple):
@@ -73,33 +55,24 @@ class Outcome(NamedTuple):
 class Compromise:
     """The first measure is made least, and all stay within their bounds."""
 
-    steps: Steps
-    kinds: Sequence[Kind]
-    kind_of: Sequence[int]
+    ahead: Ahead
     degrees: Sequence[int]
-    measures: Sequence[Measure]
     _labels: list[_Label] = field(default_factory=list, init=False)
     _fronts: dict[tuple[int, int], list[tuple[float, ...]]] = field(default_factory=dict, init=False)
     _fans: dict[tuple[int, int], _Fan] = field(default_factory=dict, init=False)
     _leaving: list[list[int]] = field(init=False)
-    _allowed: dict[tuple[int, tuple[float, ...]], Mask] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._leaving = [[] for _ in range(len(self.steps.levels))]
-        for number, step in enumerate(self.steps.every):
+        self._leaving = [[] for _ in range(len(self.ahead.steps.levels))]
+        for number, step in enumerate(self.ahead.steps.every):
             self._leaving[step.before].append(number)
-
-    @property
-    def affordable(self) -> bool:
-        """Whether its tables are of a size that there is memory and time for."""
-        return len(self.steps.every) * (self.kinds[0].items + 1) ** 2 <= MOST_PAIRS
 
     def solve(self) -> Outcome:
         """The best stages; none where nothing keeps the conditions, or where labels are too many to say."""
-        items, ticket = self.kinds[0].items, count()
-        zeros = (0.0,) * len(self.measures)
+        items, ticket = self.ahead.kinds[0].items, count()
+        zeros = (0.0,) * len(self.ahead.measures)
         first = _Label(0, 0, zeros, zeros, -1, -1)
-        start = self._worth(*(rest[:, 0, 0] for rest in self._rests))
+        start = self._worth(*(rest[:, 0, 0] for rest in self.ahead.rests))
         queue = [(float(start), 0, next(ticket), first)] if math.isfinite(start) else []
         while queue:
             bound, _, _, label = heapq.heappop(queue)
@@ -125,7 +98,7 @@ class Compromise:
             yield (
                 float(values[place]),
                 _Label(
-                    self.steps.every[chosen].after,
+                    self.ahead.steps.every[chosen].after,
                     int(fan.stops[place]),
                     tuple(sums[:, place].tolist()),
                     tuple(largest[:, place].tolist()),
@@ -140,35 +113,33 @@ class Compromise:
             parts = [self._part(number, item) for number in self._leaving[state]]
             stops = np.concatenate([np.array([], dtype=np.int64), *(stops for stops, _ in parts)])
             steps = np.repeat(np.array(self._leaving[state], dtype=np.int64), [len(stops) for stops, _ in parts])
-            costs = np.concatenate([np.zeros((len(self.measures), 0)), *(costs for _, costs in parts)], axis=1)
-            after = np.array([self.steps.every[number].after for number in steps.tolist()], dtype=np.int64)
-            rest_sums, rest_largest = (rest[:, after, stops] for rest in self._rests)
+            costs = np.concatenate([np.zeros((len(self.ahead.measures), 0)), *(costs for _, costs in parts)], axis=1)
+            after = np.array([self.ahead.steps.every[number].after for number in steps.tolist()], dtype=np.int64)
+            rest_sums, rest_largest = (rest[:, after, stops] for rest in self.ahead.rests)
             self._fans[state, item] = _Fan(steps, stops, costs, rest_sums, rest_largest)
         return self._fans[state, item]
 
     def _part(self, number: int, item: int) -> tuple[Indices, Array]:
         """Where a step's stage may end, and what it takes then, [measures, stops]."""
-        kind = self.kind_of[number]
-        stops = np.flatnonzero(self._table(number, kind)[item])
+        kind = self.ahead.kind_of[number]
+        stops = np.flatnonzero(self.ahead.allowed(number, kind)[item])
         costs = [
             one.times[kind][stops] - one.times[kind][item] + one.tolls[number] + (one.hops[number] if item else 0.0)
-            for one in self.measures
+            for one in self.ahead.measures
         ]
         return stops, np.array(costs)
 
     def _worth(self, sums: Array, largest: Array) -> Array:
         """Of the first measure, where all are within their bounds; else infinite."""
-        values = [
-            _values(one.objective, total, most) for one, total, most in zip(self.measures, sums, largest, strict=True)
-        ]
-        kept = np.all([value <= one.at_most * (1 + SLACK) for one, value in zip(self.measures, values, strict=True)], 0)
+        measures = self.ahead.measures
+        values = [_values(one.objective, *both) for one, *both in zip(measures, sums, largest, strict=True)]
+        kept = np.all([value <= one.at_most * (1 + SLACK) for one, value in zip(measures, values, strict=True)], 0)
         return np.where(kept, values[0], np.inf)
 
     def _dimensions(self, label: _Label) -> tuple[float, ...]:
         """What labels are compared by: the largest stage counts where there are several micro-batches."""
-        several = (
-            most for one, most in zip(self.measures, label.largest, strict=True) if one.objective.micro_batches > 1
-        )
+        pairs = zip(self.ahead.measures, label.largest, strict=True)
+        several = (most for one, most in pairs if one.objective.micro_batches > 1)
         return (*label.sums, *several)
 
     def _is_beaten(self, label: _Label) -> bool:
@@ -189,48 +160,10 @@ class Compromise:
     def _pieces(self, label: _Label) -> list[Piece]:
         pieces: list[Piece] = []
         while label.before >= 0:
-            before, kind = self._labels[label.before], self.kind_of[label.step]
+            before, kind = self._labels[label.before], self.ahead.kind_of[label.step]
             pieces.append(Piece(label.step, self.degrees[label.step], kind, before.item, label.item))
             label = before
         return pieces[::-1]
-
-    def _table(self, step: int, kind: int) -> Mask:
-        """Whether a stage may be from one item to another: it fits, and no measure is above its bound."""
-        key = (kind, tuple(float(one.hops[step] + one.tolls[step]) for one in self.measures))
-        if key not in self._allowed:
-            places = np.arange(self.kinds[kind].items + 1)
-            allowed = (places[None] > places[:, None]) & (places[None] <= self.kinds[kind].far[:, None])
-            for one in self.measures:
-                allowed &= self._square(one, step, kind) <= one.most()
-            self._allowed[key] = allowed
-        return self._allowed[key]
-
-    def _square(self, one: Measure, step: int, kind: int) -> Array:
-        """What a stage takes from one item to another, [items + 1, items + 1]."""
-        time = one.times[kind]
-        hop = np.where(np.arange(len(time)) > 0, one.hops[step], 0.0)[:, None]
-        whole: Array = time[None] - time[:, None] + one.tolls[step] + hop
-        return whole
-
-    @cached_property
-    def _rests(self) -> tuple[Array, Array]:
-        """What the items from each on take at least behind each state, and the least largest: [measures, states,
-        items + 1]."""
-        size = self.kinds[0].items + 1
-        sums = np.full((len(self.measures), len(self.steps.levels), size), np.inf)
-        sums[:, :, -1] = 0.0
-        largest = sums.copy()
-        squares: dict[tuple[int, int, float], Array] = {}
-        for number in sorted(range(len(self.steps.every)), key=lambda number: -self.steps.every[number].before):
-            step, kind = self.steps.every[number], self.kind_of[number]
-            for place, one in enumerate(self.measures):
-                key = (place, kind, float(one.hops[number] + one.tolls[number]))
-                if key not in squares:
-                    squares[key] = np.where(self._table(number, kind), self._square(one, number, kind), np.inf)
-                for rest, join in ((sums, np.add), (largest, np.maximum)):
-                    new = join(squares[key], rest[place, step.after][None]).min(axis=1)
-                    np.minimum(rest[place, step.before], new, out=rest[place, step.before])
-        return sums, largest
 
 
 def _values(objective: Objective, totals: Array, largest: Array) -> Array:

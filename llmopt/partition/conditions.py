@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmopt.partition.ahead import Ahead, Measure
 from llmopt.partition.cluster import Device
-from llmopt.partition.compromise import Compromise, Measure
+from llmopt.partition.compromise import Compromise
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.orders import Solution
 from llmopt.partition.problem import Objective, Piece
@@ -43,13 +44,11 @@ def solve_under(
         return Found(solution=None, bound=0.0)
     measures = _measures(ways, target, bounds, at_most)
     metric: Metric = target if isinstance(target, str) else "tpot"
-    compromise = Compromise(
-        steps=ways.steps, kinds=ways.kinds(metric), kind_of=ways.kind_of, degrees=ways.degrees, measures=measures
-    )
-    if not compromise.affordable:
+    ahead = Ahead(steps=ways.steps, kinds=ways.kinds(metric), kind_of=ways.kind_of, measures=measures)
+    if not ahead.affordable:
         return Found(solution=None, bound=0.0)
     alone = _alone(ways, target, bounds)
-    pieces, bound = compromise.solve()
+    pieces, bound = Compromise(ahead=ahead, degrees=ways.degrees).solve()
     if pieces is None:
         proven = alone is not None and alone.value <= bound
         return Found(solution=alone if proven else None, bound=bound if alone is None else min(bound, alone.value))
