@@ -136,14 +136,15 @@ def _comparison(plan: "Plan") -> "Table":
     table = _table("", "TTFT ms", "TPOT ms", "tokens/s")
     copies = f", {plan.replicas} replicas" if plan.replicas > 1 else ""
     _compare(table, f"this plan, micro-batches: {plan.micro_batches}{copies}", plan.predicted)
+    one = len(plan.unused) + plan.ranks == 1
     for name, predicted in plan.baselines.items():
-        _compare(table, name.replace("_", " "), predicted)
+        _compare(table, name.replace("_", " "), predicted, otherwise="is the same" if one else "does not fit")
     return table
 
 
-def _compare(table: "Table", name: str, predicted: "Predicted | None") -> None:
+def _compare(table: "Table", name: str, predicted: "Predicted | None", otherwise: str = "") -> None:
     if predicted is None:
-        table.add_row(name, "does not fit, or is the same", "", "")
+        table.add_row(name, otherwise, "", "")
         return
     times = (predicted.ttft_ms, predicted.tpot_ms, predicted.throughput_tokens_per_s)
     table.add_row(name, *(f"{value:.4g}" for value in times))

@@ -61,6 +61,21 @@ def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
     Raises:
         LlmoptError: the request contradicts itself, the model or the cluster, or there is no such plan.
     """
+    if request.output.exists() and not request.force:
+        raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
+    result = find_plan(request, progress)
+    write_plan(request.output, result.plan)
+    if request.timeline is not None:
+        request.timeline.write_text(as_svg(result.plan), encoding="utf-8")
+    return result
+
+
+def find_plan(request: PartitionRequest, progress: Progress) -> PartitionResult:
+    """Find the plan, and write nothing.
+
+    Raises:
+        LlmoptError: the request contradicts itself, the model or the cluster, or there is no such plan.
+    """
     wanted = _wanted(request)
     cluster = load_cluster(request.cluster)
     source = open_source(request.model, revision=request.revision, weights=False, progress=progress)
@@ -75,9 +90,6 @@ def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
     if request.joint:
         plan = replace(plan, notes=(*plan.notes, "schemes chosen for the least estimated loss that fits"))
     exported = export(plan, source.spec, request.export) if request.export is not None else None
-    write_plan(request.output, plan)
-    if request.timeline is not None:
-        request.timeline.write_text(as_svg(plan), encoding="utf-8")
     return PartitionResult(plan=plan, exported=exported)
 
 
@@ -89,8 +101,6 @@ def _wanted(request: PartitionRequest) -> Wanted:
     if request.export is not None and request.export not in ENGINES:
         hint = near_match(request.export, ENGINES)
         raise UsageError(f"there is no engine {request.export!r}", where="--export", hint=hint)
-    if request.output.exists() and not request.force:
-        raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
     return Wanted(
         objective=named[request.objective],
         promises=tuple(map(parse_promise, request.promises)),
