@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from llmopt.errors import UsageError
 from llmopt.partition.candidate import Candidate
 from llmopt.partition.cluster import Device
-from llmopt.partition.obstacles import explain
+from llmopt.partition.obstacles import too_large
 from llmopt.partition.problem import Piece
 from llmopt.partition.settings import Settings
 from llmopt.words import counted
@@ -39,7 +39,7 @@ def own_split(settings: Settings, devices: Sequence[Device], split: Sequence[int
             raise UsageError(what, where="--order", hint="a stage's devices are alike, and in one node")
     stages = machine.stages(devices, pieces)
     if not machine.fits(stages):
-        raise explain(machine, devices, stages)
+        raise too_large(machine, devices, stages)
     return Candidate(machine=machine, devices=tuple(devices), stages=stages, predicted=machine.predicted(stages))
 
 

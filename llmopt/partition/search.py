@@ -93,7 +93,7 @@ class Search:
         """Why there is no plan: memory, one promise by itself, or all of them together."""
         objective = metric_of(self.wanted.objective) or "tpot"
         if self._reached(objective, ()) is None:
-            return explain(settings.machine(1, 1, degrees), devices)
+            return explain(settings, devices, degrees)
         for promise in self.wanted.promises:
             nearest = self._reached(promise.metric, ())
             if nearest is None or not promise.kept(nearest.predicted):

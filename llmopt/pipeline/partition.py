@@ -122,7 +122,7 @@ def _counts(text: str) -> tuple[int, ...]:
 def _require_context(spec: ModelSpec, workload: Workload) -> None:
     if workload.context > spec.context_length:
         what = f"{workload.context} tokens, where the model reads {spec.context_length}"
-        raise UsageError(what, where="--prompt, --output-tokens")
+        raise UsageError(what, where="--prompt, --output-tokens", hint="their sum is the context that is needed")
 
 
 def _precision(spec: ModelSpec, request: PartitionRequest) -> Precision:
