@@ -68,7 +68,7 @@ def free_order(items: int, devices: int) -> None:
         kinds=kinds(items, devices, (0.3, 0.6, 1.0)),
         groupings=[Grouping(place, 1, 1) for place in range(3)],
         counts=counts,
-        hop_s=0.05,
+        hops_s=[0.05] * 3,
     )
     assert smallest_largest(problem) is not None
 

@@ -21,11 +21,11 @@ from llmopt.partition.pools import (
     classes_of,
     degreed_devices,
     degrees_by_class,
-    hops_of,
     in_nodes,
     pooled_devices,
     simple_bound,
 )
+from llmopt.partition.prices import MOST_ITEMS, Prices
 from llmopt.partition.problem import Objective, Piece
 
 _MOST_POOLED = 3_000_000  # states × groupings
@@ -44,13 +44,14 @@ class Likely(NamedTuple):
 def likely_orders(machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf) -> Likely:
     """Orders to cut, none where nothing can be below `at_most`."""
     objective = machine.objective(metric)
-    shortest, longest = hops_of(machine, devices, metric)
-    pooled = pooled_devices(machine, devices, metric, shortest)
+    pooled = pooled_devices(machine, devices, metric)
     bound = simple_bound(pooled, objective)
+    if bound < at_most < math.inf and _small(pooled) and Prices(problem=pooled).are_above(objective, at_most):
+        bound = at_most
     if bound >= at_most:
         return Likely(iter(()), bound)
     if pooled.states * len(pooled.kinds) > _MOST_POOLED:
-        orders = (_by_degrees(machine, devices, metric, longest, at_most) for _ in range(1))
+        orders = (_by_degrees(machine, devices, metric, at_most) for _ in range(1))
         return Likely(chain(chain.from_iterable(orders), by_permuted_class(devices)), bound)
     found, lowest = _stages(pooled, objective, at_most)
     bound = max(bound, lowest)
@@ -60,19 +61,29 @@ def likely_orders(machine: Machine, devices: Sequence[Device], metric: Metric, a
     def orders_by_hop() -> Iterator[list[Device]]:
         for pieces in found:
             yield laid_out(_named(pooled, devices, pieces), devices)
-        if longest > shortest:
-            far = pooled_devices(machine, devices, metric, longest)
+        far = pooled_devices(machine, devices, metric, "longest")
+        if far.hops_s != pooled.hops_s:
             for pieces in _stages(far, objective, math.inf)[0]:
                 yield laid_out(_named(far, devices, pieces), devices)
 
     return Likely(chain(orders_by_hop(), by_permuted_class(devices)), bound)
 
 
+def raised_bound(machine: Machine, devices: Sequence[Device], metric: Metric, *, bound: float, value: float) -> float:
+    """A bound nearer to the value of what was found, if that can be proven."""
+    pooled = pooled_devices(machine, devices, metric)
+    return Prices(problem=pooled).raised(machine.objective(metric), bound, value) if _small(pooled) else bound
+
+
+def _small(problem: AnyOrder) -> bool:
+    return problem.kinds[0].items <= MOST_ITEMS
+
+
 def least_possible(machine: Machine, devices: Sequence[Device], metric: Metric) -> float:
     """Seconds that nothing is below, at once; infinite where there is no group of devices."""
     if not any(degree <= many for degree in machine.degrees for many in in_nodes(devices).values()):
         return math.inf
-    pooled = pooled_devices(machine, devices, metric, 0.0)
+    pooled = pooled_devices(machine, devices, metric)
     objective, alone = machine.objective(metric), [kind.alone() for kind in pooled.kinds]
     return min([simple_bound(pooled, objective), *(objective.value(one, one) for one in alone)])
 
@@ -113,15 +124,11 @@ def _can_join(problem: AnyOrder, objective: Objective) -> bool:
     return _cells(problem) <= most and problem.can_sum
 
 
-def _by_degrees(
-    machine: Machine, devices: Sequence[Device], metric: Metric, hop_s: float, at_most: float
-) -> list[list[Device]]:
+def _by_degrees(machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float) -> list[list[Device]]:
     """Each class with one degree at a time: fewer states, and no bound. The best of them is laid out."""
     objective = machine.objective(metric)
     chosen: tuple[float, list[tuple[str, int]]] | None = None
-    problems = [
-        degreed_devices(machine, devices, metric, degrees, hop_s) for degrees in degrees_by_class(machine, devices)
-    ]
+    problems = [degreed_devices(machine, devices, metric, degrees) for degrees in degrees_by_class(machine, devices)]
     # The small ones are quick, and what they find rules most of the others out.
     for problem in sorted(problems, key=lambda one: one.states):
         if problem.states > MOST_STATES or simple_bound(problem, objective) >= at_most:

@@ -1,4 +1,4 @@
-"""Stages for a few classes of devices in whatever order is best. Exact, where every hop takes the same.
+"""Stages for a few classes of devices in whatever order is best. Exact, where hops depend on that alone.
 
 In general the best order is NP-hard to find (Pinar, Tabak and Aykanat, J. Parallel Distrib. Comput. 68 (2008)). Devices
 of one class are alike, so only how many of each are used counts: how far they get, or their least sums, by counts.
@@ -6,14 +6,14 @@ of one class are alike, so only how many of each are used counts: how far they g
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.partition.problem import SLACK, Array, Kind, Piece, Slot, stage_seconds
+from llmopt.partition.problem import SLACK, Array, Kind, Piece
 from llmopt.partition.window import first_items, window_minimum
 
 MOST_STATES = 6_000_000
@@ -32,19 +32,12 @@ class Grouping(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class AnyOrder:
-    """Classes: how many units there are of each, what a hop takes; the groups that units make, one for each kind."""
+    """Classes: how many units there are of each, the groups that units make, one for each kind, and the hop to each."""
 
     kinds: Sequence[Kind]
     groupings: Sequence[Grouping]
     counts: Sequence[int]
-    hop_s: float
-    slots: list[Slot] = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Pieces number their stages in the order that was found: each in a node of its own.
-        self.slots = [
-            Slot(options=(), run=run, inside_s=self.hop_s, between_s=self.hop_s) for run in range(self.most_stages)
-        ]
+    hops_s: Sequence[float]
 
     @property
     def most_stages(self) -> int:
@@ -76,16 +69,20 @@ class AnyOrder:
 
     def longest_s(self) -> float:
         """Everything on the slowest, and a hop."""
-        return max(float(kind.time[-1]) for kind in self.kinds) + self.hop_s
+        return max(float(kind.time[-1]) for kind in self.kinds) + max(self.hops_s)
 
     def seconds(self, pieces: Sequence[Piece]) -> list[float]:
         """What each stage takes."""
-        return stage_seconds(pieces, self.kinds, self.slots)
+        return [
+            float(self.kinds[piece.kind].time[piece.stop] - self.kinds[piece.kind].time[piece.first])
+            + (self.hops_s[piece.kind] if number else 0.0)
+            for number, piece in enumerate(pieces)
+        ]
 
     def within(self, seconds: float) -> list[Piece] | None:
         """Stages of at most so many seconds, or None."""
         befores, levels = self._table
-        jumps = np.stack([self._jumps(kind, seconds) for kind in self.kinds])
+        jumps = np.stack([self._jumps(*one, seconds) for one in zip(self.kinds, self.hops_s, strict=True)])
         every = np.arange(len(self.kinds))
         items = self.kinds[0].items
         reached = np.zeros(len(befores) + 1, dtype=np.int64)
@@ -103,12 +100,12 @@ class AnyOrder:
         befores, levels = self._table
         size = self.kinds[0].items + 1
         sums = np.full((len(befores) + 1, size), np.inf)
-        later = [first_items(kind, limit - self.hop_s) for kind in self.kinds]
+        later = [first_items(kind, limit - hop_s) for kind, hop_s in zip(self.kinds, self.hops_s, strict=True)]
         for level in levels:
             for number, kind in enumerate(self.kinds):
                 before = befores[level, number]
                 there = np.flatnonzero(before > 0)
-                found = window_minimum(sums[before[there]] - kind.time, later[number]) + kind.time + self.hop_s
+                found = window_minimum(sums[before[there]] - kind.time, later[number]) + kind.time + self.hops_s[number]
                 sums[level.start + there] = np.minimum(sums[level.start + there], found)
                 for state in (level.start + np.flatnonzero(before == 0)).tolist():
                     np.minimum(sums[state], self._begun(number, limit), out=sums[state])
@@ -142,9 +139,9 @@ class AnyOrder:
         ends = np.searchsorted(totals[chosen], np.arange(most_in_all + 2))
         return befores, [slice(int(ends[one]), int(ends[one + 1])) for one in range(1, most_in_all + 1)]
 
-    def _jumps(self, kind: Kind, seconds: float) -> Indices:
+    def _jumps(self, kind: Kind, hop_s: float, seconds: float) -> Indices:
         """How far a stage goes from each item, [items + 2]; nowhere from what does not exist."""
-        seconds_left = seconds - self.hop_s
+        seconds_left = seconds - hop_s
         jump = np.zeros(kind.items + 2, dtype=np.int64)
         if seconds_left >= 0:
             in_time = np.searchsorted(kind.time, kind.time + seconds_left * (1 + SLACK), side="right") - 1
@@ -185,8 +182,8 @@ class AnyOrder:
                 return number, 0
             if before <= 0:
                 continue
-            low = int(first_items(kind, limit - self.hop_s)[stop])
-            costs = sums[before, low:stop] - kind.time[low:stop] + kind.time[stop] + self.hop_s
+            low = int(first_items(kind, limit - self.hops_s[number])[stop])
+            costs = sums[before, low:stop] - kind.time[low:stop] + kind.time[stop] + self.hops_s[number]
             if len(costs) and abs(costs.min() - value) <= SLACK * abs(value):
                 return number, low + int(costs.argmin())
         raise AssertionError("a sum without its stages")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llmopt.partition.by_class import least_possible, likely_orders
+from llmopt.partition.by_class import least_possible, likely_orders, raised_bound
 from llmopt.partition.cluster import Device
 from llmopt.partition.fixed import FixedOrder
 from llmopt.partition.joining import best
@@ -80,8 +80,14 @@ def solve_any_order(
             if (cut := solve_order(machine, order, metric, limit, exact=False)) is not None:
                 found.append(cut)
                 limit = min(limit, cut.value)
-        if ways is None or likely.bound >= limit * (1 - PROVEN):
+        if likely.bound >= limit * (1 - PROVEN):
             return _least(found, likely.bound)
+        if ways is None:
+            value = min([math.inf, *(one.value for one in found)])
+            bound = likely.bound
+            if value <= at_most:
+                bound = raised_bound(machine, devices, metric, bound=bound, value=value)
+            return _least(found, bound)
     return _least([*found, *_along(ways, metric, limit)], math.inf)
 
 

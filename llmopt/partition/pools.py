@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Literal
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from llmopt.partition.classes import AnyOrder, Grouping
 from llmopt.partition.cluster import Device
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.problem import Kind, Objective
+
+Hop = Literal["shortest", "longest"]
 
 
 def classes_of(devices: Sequence[Device]) -> list[str]:
@@ -22,21 +25,19 @@ def in_nodes(devices: Sequence[Device]) -> Counter[tuple[str, int]]:
     return Counter((device.kind, device.node) for device in devices)
 
 
-def hops_of(machine: Machine, devices: Sequence[Device], metric: Metric) -> tuple[float, float]:
-    """The shortest and the longest that there is."""
-    nodes = {device.node: device for device in devices}
-    hops = [machine.hops_s(metric, node) for node in nodes]
-    single = all(many == 1 for many in Counter(device.node for device in devices).values())
-    shortest = min(hop[1] if single else hop[0] for hop in hops)
-    return shortest, max(hop[1] if len(nodes) > 1 else hop[0] for hop in hops)
+def longest_hop_s(machine: Machine, devices: Sequence[Device], metric: Metric) -> float:
+    """To any of the devices, from another node if there is one."""
+    nodes = {device.node for device in devices}
+    return max(machine.hops_s(metric, node)[len(nodes) > 1] for node in nodes)
 
 
-def pooled_devices(machine: Machine, devices: Sequence[Device], metric: Metric, hop_s: float) -> AnyOrder:
+def pooled_devices(machine: Machine, devices: Sequence[Device], metric: Metric, hop: Hop = "shortest") -> AnyOrder:
     """All devices of a class together, as if in one node, with every degree that a node has room for."""
     classes, counts = classes_of(devices), Counter(device.kind for device in devices)
     in_node = in_nodes(devices)
     examples = {(device.kind, device.node): device for device in devices}
-    kinds, groupings = [], []
+    in_all = Counter(device.node for device in devices)
+    kinds, groupings, hops_s = [], [], []
     for place, kind in enumerate(classes):
         for degree in machine.degrees:
             there = [examples[key] for key, many in in_node.items() if key[0] == kind and many >= degree]
@@ -44,7 +45,12 @@ def pooled_devices(machine: Machine, devices: Sequence[Device], metric: Metric, 
             if groups:
                 kinds.append(_quickest([machine.kind(group, metric) for group in groups]))
                 groupings.append(Grouping(place, degree, degree))
-    return AnyOrder(kinds=kinds, groupings=groupings, counts=[counts[kind] for kind in classes], hop_s=hop_s)
+                # A group that has its node to itself is always behind a hop from another one.
+                hops = [
+                    machine.hops_s(metric, device.node)[0 if in_all[device.node] > degree else 1] for device in there
+                ]
+                hops_s.append(min(hops) if hop == "shortest" else longest_hop_s(machine, devices, metric))
+    return AnyOrder(kinds=kinds, groupings=groupings, counts=[counts[kind] for kind in classes], hops_s=hops_s)
 
 
 def _quickest(kinds: Sequence[Kind]) -> Kind:
@@ -73,9 +79,7 @@ def degrees_by_class(machine: Machine, devices: Sequence[Device]) -> Iterator[di
         yield dict(zip(classes_of(devices), chosen, strict=True))
 
 
-def degreed_devices(
-    machine: Machine, devices: Sequence[Device], metric: Metric, degrees: dict[str, int], hop_s: float
-) -> AnyOrder:
+def degreed_devices(machine: Machine, devices: Sequence[Device], metric: Metric, degrees: dict[str, int]) -> AnyOrder:
     """One grouping for each class, whose groups in nodes are counted."""
     counts = Counter[str]()
     for (kind, _), many in in_nodes(devices).items():
@@ -85,7 +89,7 @@ def degreed_devices(
         kinds=[machine.kind(machine.group(examples[kind], degree), metric) for kind, degree in degrees.items()],
         groupings=[Grouping(place, 1, degree) for place, degree in enumerate(degrees.values())],
         counts=[counts[kind] for kind in degrees],
-        hop_s=hop_s,
+        hops_s=[longest_hop_s(machine, devices, metric)] * len(degrees),
     )
 
 

@@ -43,10 +43,17 @@ def test_classes_in_any_order_are_cut_as_well_as_in_the_best(first):
             wanted = min(wanted, brute_force(kinds, slots, objective))
         counts = [names.count(name) for name in options]
         groupings = [Grouping(place, 1, 1) for place in range(len(kinds))]
-        free = AnyOrder(kinds=kinds, groupings=groupings, counts=counts, hop_s=hops[1])
+        free = AnyOrder(kinds=kinds, groupings=groupings, counts=counts, hops_s=[hops[1]] * len(kinds))
         several = best(free, objective)
         there = [kind for kind, count in zip(kinds, counts, strict=True) if count and math.isfinite(kind.alone())]
         values = [objective.value(kind.alone(), kind.alone()) for kind in there]
         if several is not None:
-            values.append(value(kinds, free.slots, objective, several))
+            values.append(
+                value(
+                    kinds,
+                    slots_of([(name, place) for place, name in enumerate(names)], options, hops),
+                    objective,
+                    several,
+                )
+            )
         assert min(values, default=math.inf) == pytest.approx(wanted, rel=1e-9), seed
