@@ -5,7 +5,6 @@ What it decides is exact. Where the ways are too many for it, the caller is told
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,20 +12,12 @@ from llmopt.partition.ahead import Ahead, Measure
 from llmopt.partition.cluster import Device
 from llmopt.partition.compromise import Compromise
 from llmopt.partition.machine import Machine, Metric
-from llmopt.partition.orders import Solution
+from llmopt.partition.orders import Found, Solution
 from llmopt.partition.problem import Objective, Piece
 from llmopt.partition.ways import Ways, ways_in_any_order, ways_in_order
 
 Bounds = Mapping[Metric, float]  # in seconds
 Tolls = Mapping[str, float]  # what a device of a class costs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """The best there is, if any; None together with a bound that is not infinite: nobody knows."""
-
-    solution: Solution | None
-    bound: float
 
 
 def solve_under(

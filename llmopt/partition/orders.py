@@ -18,6 +18,7 @@ from llmopt.partition.problem import Piece
 from llmopt.partition.ways import Ways, ways_in_any_order, ways_in_order
 
 _FEW_STEPS = 300  # so few are gone through at once
+_CLOSE = 1e-4  # relative: so near to the bound, no more orders are tried
 PROVEN = 1e-8  # relative: a bound that is nearer than that is reached
 
 
@@ -29,6 +30,20 @@ class Solution:
     pieces: tuple[Piece, ...]
     value: float
     bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The best there is, or that was found, and what nothing is below.
+
+    None with an infinite bound: it is proven that there is nothing; with another: nobody knows.
+    """
+
+    solution: Solution | None
+    bound: float
+
+
+NOTHING_FITS = Found(solution=None, bound=math.inf)
 
 
 def solve_order(
@@ -62,33 +77,46 @@ def solve_order(
     return _least(found, bound)
 
 
-def solve_any_order(
-    machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf
-) -> Solution | None:
-    """The best stages for any order of devices; None where nothing fits, or nothing is below `at_most`."""
+def solve_any_order(machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf) -> Found:
+    """The best stages for any order of devices, as far as there is something below `at_most`."""
     nodes = nodes_of(machine, devices)
     if not nodes.options:
-        return None  # no node has a group of that many devices
-    found = [one for one in [_alone(nodes, metric)] if one is not None]
+        return NOTHING_FITS  # no node has a group of that many devices
+    alone = _alone(nodes, metric)
+    limit = min(at_most, alone.value) if alone is not None else at_most
     ways = ways_in_any_order(machine, devices)
-    limit = min([at_most, *(one.value for one in found)])
+    likely = Found(solution=None, bound=0.0)
     if ways is None or len(ways.steps.every) > _FEW_STEPS:
-        likely = likely_orders(machine, devices, metric, limit)
-        for order in likely.orders:
-            if likely.bound >= limit * (1 - PROVEN):
-                break
-            if (cut := solve_order(machine, order, metric, limit, exact=False)) is not None:
-                found.append(cut)
-                limit = min(limit, cut.value)
-        if likely.bound >= limit * (1 - PROVEN):
-            return _least(found, likely.bound)
-        if ways is None:
-            value = min([math.inf, *(one.value for one in found)])
-            bound = likely.bound
-            if value <= at_most:
-                bound = raised_bound(machine, devices, metric, bound=bound, value=value)
-            return _least(found, bound)
-    return _least([*found, *_along(ways, metric, limit)], math.inf)
+        likely = _by_class(machine, devices, metric, limit)
+        limit = min(limit, likely.solution.value) if likely.solution is not None else limit
+    found = [one for one in (alone, likely.solution) if one is not None]
+    if likely.bound >= limit * (1 - PROVEN):
+        bound = limit  # nothing else is below what there is, or below what was asked for
+    elif ways is not None:
+        found, bound = [*found, *_along(ways, metric, limit)], math.inf
+    else:
+        bound = likely.bound
+    least = _least(found, bound)
+    if least is not None:
+        return Found(solution=least, bound=least.bound)
+    return Found(solution=None, bound=bound if bound < at_most else math.inf)
+
+
+def _by_class(machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float) -> Found:
+    """The best of orders that are likely to be good, and what nothing in any order is below."""
+    likely = likely_orders(machine, devices, metric, at_most)
+    best_yet, limit, bound = None, at_most, likely.bound
+    for order in likely.orders:
+        if bound >= limit * (1 - _CLOSE):
+            break
+        cut = solve_order(machine, order, metric, limit, exact=False)
+        if cut is not None and (best_yet is None or cut.value < best_yet.value):
+            first, best_yet, limit = best_yet is None, cut, min(limit, cut.value)
+            if first:
+                bound = raised_bound(machine, devices, metric, bound=bound, value=limit)
+    if bound < limit * (1 - PROVEN) and math.isfinite(limit):
+        bound = raised_bound(machine, devices, metric, bound=bound, value=limit)
+    return Found(solution=best_yet, bound=bound)
 
 
 def _least(found: Sequence[Solution], bound: float) -> Solution | None:

@@ -8,7 +8,7 @@ from llmopt.partition.candidate import Candidate, candidate_from
 from llmopt.partition.cluster import Device
 from llmopt.partition.conditions import Bounds, solve_under
 from llmopt.partition.machine import Metric
-from llmopt.partition.orders import Solution, solve_any_order, solve_order
+from llmopt.partition.orders import Found, Solution, solve_any_order, solve_order
 from llmopt.partition.promises import Promise, bounds_of
 from llmopt.partition.settings import Setting
 
@@ -30,18 +30,18 @@ def answer_for_metric(
     """The least of a metric that is below a value. `below` and the bound are in the metric's unit."""
     machine, unit = setting.machine, setting.machine.unit(metric)
     free = _solve(setting, metric, in_order=in_order, at_most=below / unit)
-    if free is None:
-        return NOTHING
-    candidate = candidate_from(machine, free)
+    if free.solution is None:
+        return Answer(candidate=None, bound=free.bound * unit)
+    candidate = candidate_from(machine, free.solution)
     if candidate.keeps(promises):
         return Answer(candidate=candidate, bound=free.bound * unit)
     bounds = bounds_of(promises, machine)
-    solutions = [free]
+    solutions = [free.solution]
     for other in bounds:
-        solution = _solve(setting, other, in_order=in_order) if other != metric else free
-        if solution is None or solution.bound > bounds[other]:
+        found = _solve(setting, other, in_order=in_order) if other != metric else free
+        if found.bound > bounds[other]:
             return NOTHING  # that one promise alone cannot be kept
-        solutions.append(solution)
+        solutions += [found.solution] if found.solution is not None else []
     return _compromise(setting, metric, promises, solutions, in_order=in_order, below=below)
 
 
@@ -85,9 +85,11 @@ def _in_their_orders(
             yield found.solution
 
 
-def _solve(setting: Setting, metric: Metric, *, in_order: bool, at_most: float = math.inf) -> Solution | None:
-    solve = solve_order if in_order else solve_any_order
-    return solve(setting.machine, setting.devices, metric, at_most)
+def _solve(setting: Setting, metric: Metric, *, in_order: bool, at_most: float = math.inf) -> Found:
+    if not in_order:
+        return solve_any_order(setting.machine, setting.devices, metric, at_most)
+    solution = solve_order(setting.machine, setting.devices, metric, at_most)
+    return Found(solution=solution, bound=solution.bound if solution is not None else math.inf)
 
 
 def _seconds(candidate: Candidate, metric: Metric) -> float:
