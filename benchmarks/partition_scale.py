@@ -4,6 +4,7 @@ nice python -m benchmarks.partition_scale [--plot curve.png]
 """
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -20,27 +21,33 @@ from llmopt.partition.joining import smallest_largest
 from llmopt.partition.joint import choose_schemes
 from llmopt.partition.plan import Workload
 from llmopt.partition.problem import Kind, Slot
+from llmopt.partition.promises import parse_promise
 from llmopt.partition.search import Search
-from llmopt.partition.wanted import Model, Wanted
+from llmopt.partition.wanted import Model, ObjectiveName, Wanted
 
 NODES = [
     {"name": "a", "count": 2, "devices": {"h100-sxm": 8}, "link": {"latency_us": 5, "gb_per_s": 300}},
     {"name": "b", "count": 3, "devices": {"a100-80gb-sxm": 8}, "link": {"latency_us": 5, "gb_per_s": 200}},
     {"name": "c", "count": 6, "devices": {"l40s": 4}, "link": {"latency_us": 10, "gb_per_s": 25}},
 ]
+SMALL = [
+    {"name": "a", "devices": {"a100-80gb-sxm": 4}, "link": {"latency_us": 5, "gb_per_s": 200}},
+    {"name": "b", "count": 2, "devices": {"l40s": 4}, "link": {"latency_us": 10, "gb_per_s": 25}},
+]
+NODES_BETWEEN = {"latency_us": 10, "gb_per_s": 40}
 
 
-def llama(blocks: int) -> ModelSpec:
-    """Shaped as Llama-3.1-405B, with so many blocks."""
-    config = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248}
-    config |= {"num_hidden_layers": blocks, "num_attention_heads": 128, "num_key_value_heads": 8}
+def llama(blocks: int, width: int = 16384) -> ModelSpec:
+    """Shaped as Llama-3.1-405B, or as narrow as 70B, with so many blocks."""
+    config = {"model_type": "llama", "vocab_size": 128256, "hidden_size": width}
+    config |= {"intermediate_size": 53248 if width == 16384 else 28672}
+    config |= {"num_hidden_layers": blocks, "num_attention_heads": width // 128, "num_key_value_heads": 8}
     return spec_from_config(config | {"max_position_embeddings": 131072, "torch_dtype": "bfloat16"})
 
 
 def mixed() -> Cluster:
     """64 accelerators of three classes."""
-    between = {"latency_us": 10, "gb_per_s": 40}
-    return cluster_from_json({"schema": "llmopt.cluster/1", "nodes": NODES, "between": between})
+    return cluster_from_json({"schema": "llmopt.cluster/1", "nodes": NODES, "between": NODES_BETWEEN})
 
 
 def kinds(items: int, devices: int, speeds: tuple[float, ...]) -> list[Kind]:
@@ -82,10 +89,31 @@ def joint(blocks: int) -> None:
     Search(model=model, cluster=mixed(), workload=workload, wanted=Wanted(objective="tpot")).plan()
 
 
-def whole(objective: str) -> None:
+def whole(objective: ObjectiveName, batch: int = 1) -> float:
+    """A 405B config on 64 accelerators, in any order; how far from the best it is at most."""
     model = Model(name="llama", spec=llama(126), precision=Precision(dtype="bfloat16", schemes={}))
-    workload = Workload(prompt=2048, output=256)
-    Search(model=model, cluster=mixed(), workload=workload, wanted=Wanted(objective=objective)).plan()
+    workload = Workload(prompt=2048, output=256, batch=batch)
+    plan = Search(model=model, cluster=mixed(), workload=workload, wanted=Wanted(objective=objective)).plan()
+    assert plan.gap is not None
+    return plan.gap
+
+
+def promised() -> float:
+    """12 accelerators in 3 nodes, in any order, for 80 blocks under two promises."""
+    cluster = cluster_from_json({"schema": "llmopt.cluster/1", "nodes": SMALL, "between": NODES_BETWEEN})
+    model = Model(name="llama", spec=llama(80, width=8192), precision=Precision(dtype="bfloat16", schemes={}))
+    promises = (parse_promise("ttft_ms<=1300"), parse_promise("tpot_ms<=60"))
+    wanted = Wanted(objective="throughput", promises=promises)
+    workload = Workload(prompt=2048, output=256, batch=4)
+    plan = Search(model=model, cluster=cluster, workload=workload, wanted=wanted).plan()
+    assert plan.gap is not None
+    return plan.gap
+
+
+def timed(work: Callable[[], float]) -> tuple[float, float]:
+    start = time.perf_counter()
+    gap = work()
+    return time.perf_counter() - start, gap
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -100,7 +128,11 @@ def main() -> None:
     asked = parser.parse_args()
     print(f"10,000 layers on 4,000 devices, fixed order: {seconds(lambda: fixed_order(10_000, 4_000)):.2f} s")
     print(f"128 layers on 1,000 devices of 3 classes, free order: {seconds(lambda: free_order(128, 1_000)):.2f} s")
-    print(f"405B on 64 mixed accelerators, TPOT: {seconds(lambda: whole('tpot')):.2f} s")
+    for objective, batch in itertools.product(("tpot", "ttft", "throughput"), (1, 64)):
+        took, gap = timed(lambda objective=objective, batch=batch: whole(objective, batch))
+        print(f"405B on 64 mixed accelerators, {objective}, batch {batch}: {took:.2f} s, gap {gap:.2g}")
+    took, gap = timed(promised)
+    print(f"70B on 12 mixed accelerators, two promises: {took:.2f} s, gap {gap:.2g}")
     print(f"joint, 128 layers on 64 devices: {seconds(lambda: joint(128)):.2f} s")
     sizes = [250 * 2**step for step in range(6)]
     curve = [seconds(lambda size=size: fixed_order(size, size * 2 // 5)) for size in sizes]

@@ -45,7 +45,7 @@ class Search:
             return finished(settings, candidate, devices, self._bound_beside(devices))
         answer = self._best(settings, devices, degrees)
         if answer.candidate is None:
-            raise self._obstacle(settings, devices, degrees)
+            raise self._obstacle(settings, devices, degrees) if math.isinf(answer.bound) else _not_found()
         return finished(settings, answer.candidate, devices, answer.bound)
 
     def _best(self, settings: Settings, devices: Sequence[Device], degrees: Sequence[int]) -> Answer:
@@ -107,3 +107,8 @@ class Search:
         settings = Settings(model=self.model, cluster=self.cluster, workload=self.workload, wanted=search.wanted)
         devices = settings.devices()
         return search._best(settings, devices, settings.degrees(devices)).candidate
+
+
+def _not_found() -> BudgetError:
+    what = "no plan was found, and there are too many ways to use the devices to be sure that there is none"
+    return BudgetError(what, hint="give an order of the devices with --order, or a cluster file with fewer of them")

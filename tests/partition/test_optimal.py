@@ -8,6 +8,7 @@ import pytest
 from llmopt.partition.classes import AnyOrder, Grouping
 from llmopt.partition.fixed import FixedOrder
 from llmopt.partition.joining import best
+from llmopt.partition.prices import Prices
 from tests.partition.brute import brute_force, case, slots_of, worth
 
 
@@ -57,3 +58,23 @@ def test_classes_in_any_order_are_cut_as_well_as_in_the_best(first):
                 )
             )
         assert min(values, default=math.inf) == pytest.approx(wanted, rel=1e-9), seed
+
+
+@pytest.mark.parametrize("first", range(0, 200, 100))
+def test_prices_of_devices_give_a_bound_that_no_stages_are_below(first):
+    reached = []
+    for seed in range(first, first + 100):
+        kinds, options, devices, hops, objective = case(seed, uniform=True)
+        names = [name for name, _ in devices]
+        groupings = [Grouping(place, 1, 1) for place in range(len(kinds))]
+        counts = [names.count(name) for name in options]
+        free = AnyOrder(kinds=kinds, groupings=groupings, counts=counts, hops_s=[hops[1]] * len(kinds))
+        pieces = best(free, objective)
+        if pieces is None:
+            continue
+        seconds = free.seconds(pieces)
+        worth_s = objective.value(sum(seconds), max(seconds))
+        bound = Prices(problem=free).raised(objective, 0.0, 2 * worth_s)
+        assert bound <= worth_s * (1 + 1e-9), seed
+        reached.append(bound / worth_s)
+    assert sum(reached) / len(reached) > 0.85
