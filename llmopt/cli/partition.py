@@ -102,6 +102,7 @@ def partition(
 
 def draw(plan: "Plan", exported: object, on: "RichConsole") -> None:
     """Stages, comparison, timeline, and how good it is."""
+    from llmopt.partition.finish import TOLD
     from llmopt.partition.timeline import as_text
 
     on.print(_stages(plan))
@@ -109,7 +110,7 @@ def draw(plan: "Plan", exported: object, on: "RichConsole") -> None:
     on.print(_comparison(plan))
     on.print(f"\n{as_text(plan)}\n", markup=False, highlight=False)
     if plan.gap is not None:
-        proven = "nothing is better" if plan.gap < 1e-6 else f"at most {100 * plan.gap:.2g} % above the best"
+        proven = "nothing is better" if plan.gap < TOLD else f"at most {100 * plan.gap:.2g} % above the best"
         on.print(f"{plan.objective}: {plan.value:.4g}; {proven}", highlight=False)
     for note in (*plan.notes, *([f"not used: {', '.join(plan.unused)}"] if plan.unused else [])):
         on.print(note, markup=False, highlight=False)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from llmopt.partition.ahead import Ahead
 from llmopt.partition.problem import SLACK, Array, Objective, Piece
 
-MOST_LABELS = 200_000
+MOST_LABELS = 50_000
 
 Indices = npt.NDArray[np.int64]
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from llmopt.partition.candidate import Candidate, worth
 from llmopt.partition.cluster import Device, to_json
 from llmopt.partition.machine import Machine, share
-from llmopt.partition.orders import PROVEN
 from llmopt.partition.own_split import divided
 from llmopt.partition.plan import Plan, Predicted
 from llmopt.partition.problem import Piece
 from llmopt.partition.settings import Settings
 from llmopt.words import counted
+
+TOLD = 1e-6  # relative: a gap below that is none that people ask about
 
 
 def finished(settings: Settings, candidate: Candidate, devices: Sequence[Device], bound: float | None) -> Plan:
@@ -22,7 +23,7 @@ def finished(settings: Settings, candidate: Candidate, devices: Sequence[Device]
     mine = share(settings.cluster, devices, machine.replicas) or []
     used = {device.name for device in candidate.used()}
     notes = [*_notes(settings, machine)]
-    if wanted.split is None and gap is not None and gap > PROVEN:
+    if wanted.split is None and gap is not None and gap > TOLD:
         notes.append(_not_proven(settings, devices, gap))
     return Plan(
         model=model.name,

@@ -1,7 +1,7 @@
 """The best stages for the devices of one replica, in a given order or in any.
 
-All orders are gone through where there are few enough ways (`steps`). Else devices count by
-class (`by_class`), and the bound says how far from the best that can be.
+All orders are gone through where there are few enough ways (`steps`). Else devices count by class (`by_class`), and the
+bound says how far from the best that can be.
 """
 
 import math

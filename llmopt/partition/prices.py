@@ -15,7 +15,7 @@ from llmopt.partition.problem import SLACK, Array, Objective
 
 MOST_ITEMS = 400
 _MOST_CHANGES = 25  # of prices
-_HALVINGS = 6
+_HALVINGS = 8
 _NARROW = 0.01  # relative: limits of stages that are nearer to each other are not told apart
 _PUSH = 1.3  # beyond what would reach the target if costs went on as they do
 
