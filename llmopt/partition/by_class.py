@@ -31,6 +31,7 @@ from llmopt.partition.problem import Objective, Piece
 _MOST_POOLED = 3_000_000  # states × groupings
 _MOST_SUMMED = 40_000_000  # the same × items, for a least sum
 _MOST_JOINED = 100_000  # the same, where many least sums are asked for
+_FEW_CHANGES = 3  # of prices, where a rough bound will do
 _NEAR = 1e-6  # relative: what is cut again for the order that is found need not be exact
 
 
@@ -85,7 +86,10 @@ def least_possible(machine: Machine, devices: Sequence[Device], metric: Metric) 
         return math.inf
     pooled = pooled_devices(machine, devices, metric)
     objective, alone = machine.objective(metric), [kind.alone() for kind in pooled.kinds]
-    return min([simple_bound(pooled, objective), *(objective.value(one, one) for one in alone)])
+    bound = simple_bound(pooled, objective)
+    if _small(pooled) and (objective.form == "rounds" or objective.micro_batches == 1):
+        bound = Prices(problem=pooled, changes=_FEW_CHANGES).from_below(objective, bound)
+    return min([bound, *(objective.value(one, one) for one in alone)])
 
 
 def _named(problem: AnyOrder, devices: Sequence[Device], pieces: Sequence[Piece]) -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ from llmopt.partition.problem import SLACK, Array, Objective
 MOST_ITEMS = 400
 _MOST_CHANGES = 25  # of prices
 _HALVINGS = 8
+_DOUBLINGS = 6
 _NARROW = 0.01  # relative: limits of stages that are nearer to each other are not told apart
 _PUSH = 1.3  # beyond what would reach the target if costs went on as they do
 
@@ -25,6 +26,7 @@ class Prices:
     """Classes of devices, their hops no longer than they are."""
 
     problem: AnyOrder
+    changes: int = _MOST_CHANGES
     _prices: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,6 +38,15 @@ class Prices:
             middle = (low + high) / 2
             low, high = (middle, high) if self.are_above(objective, middle) else (low, middle)
         return low
+
+    def from_below(self, objective: Objective, low: float) -> float:
+        """The same without a value to stay below."""
+        high = 2 * low
+        for _ in range(_DOUBLINGS):
+            if not self.are_above(objective, high):
+                break
+            low, high = high, 2 * high
+        return self.raised(objective, low, high)
 
     def are_above(self, objective: Objective, value: float) -> bool:
         """Whether it is proven that no stages are worth as little."""
@@ -60,7 +71,7 @@ class Prices:
         places = np.array([one.place for one in self.problem.groupings])
         units = np.array([one.units for one in self.problem.groupings], dtype=float)
         prices = self._prices
-        for _ in range(_MOST_CHANGES):
+        for _ in range(self.changes):
             priced = costs + (prices[places] * units)[:, None, None]
             total, stages = _shortest_path(priced.min(axis=0))
             bound = total - float(prices @ counts)
