@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from llmopt.errors import BudgetError
-from llmopt.model.parallel import tensor_parallel
 from llmopt.partition.candidate import Candidate
 from llmopt.partition.cluster import Device
 from llmopt.partition.machine import Machine
@@ -11,6 +10,7 @@ from llmopt.partition.plan import Stage
 from llmopt.partition.promises import Promise
 from llmopt.partition.remedies import remedies
 from llmopt.partition.settings import Settings
+from llmopt.partition.wanted import Model
 from llmopt.words import counted
 
 
@@ -19,10 +19,10 @@ def explain(settings: Settings, devices: Sequence[Device], degrees: Sequence[int
     machine = settings.machine(1, settings.sequences(1), degrees)
     hints = remedies(settings, devices)
     hint = ", or ".join(hints) if hints else "no one change is enough: give devices with more memory, and fewer tokens"
-    return BudgetError(_what_is_in_the_way(machine, devices), hint=hint)
+    return BudgetError(_what_is_in_the_way(settings.model, machine, devices), hint=hint)
 
 
-def _what_is_in_the_way(machine: Machine, devices: Sequence[Device]) -> str:
+def _what_is_in_the_way(model: Model, machine: Machine, devices: Sequence[Device]) -> str:
     costs = machine.item_costs(machine.group(devices[0], 1))
     weights, cache = float(costs.weight_bytes.sum()) - machine.costs.tied_bytes, float(costs.kv_bytes.sum())
     parts = f"{_size(weights)} of weights and {_size(cache)} of cache"
@@ -38,7 +38,7 @@ def _what_is_in_the_way(machine: Machine, devices: Sequence[Device]) -> str:
     largest = max(range(len(items)), key=items.__getitem__)
     if items[largest] > max(rooms):
         needed = f"{_part(largest, machine)} needs {_size(items[largest])}"
-        return f"{needed}, and no device has more than {_size(max(rooms))}{_undivided(machine, devices)}"
+        return f"{needed}, and no device has more than {_size(max(rooms))}{_undivided(model, devices)}"
     return f"{parts} fit into {_size(room)}, but not in whole blocks"
 
 
@@ -48,10 +48,10 @@ def _part(item: int, machine: Machine) -> str:
     return "the first block with the embedding" if item == 0 else f"block {item}"
 
 
-def _undivided(machine: Machine, devices: Sequence[Device]) -> str:
+def _undivided(model: Model, devices: Sequence[Device]) -> str:
     """Why no node divides it further: the first degree that is not legal."""
     there = [sum(one.kind == each.kind and one.node == each.node for one in devices) for each in devices]
-    every = [tensor_parallel(machine.costs.spec, degree) for degree in range(2, max(there) + 1)]
+    every = [model.shared_by(degree) for degree in range(2, max(there) + 1)]
     obstacles = [one.obstacle for one in every if one.obstacle is not None]
     return f"; {obstacles[0]}" if obstacles else ""
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llmopt.errors import UsageError, near_match
-from llmopt.model.parallel import tensor_parallel
 from llmopt.partition.cluster import Cluster, Device
 from llmopt.partition.cost import Costs, cut
 from llmopt.partition.machine import Machine, share
@@ -58,13 +57,13 @@ class Settings:
             UsageError: the one that was asked for is none of these.
         """
         largest = max(Counter((device.kind, device.node) for device in devices).values())
-        legal = [one for one in range(1, largest + 1) if tensor_parallel(self.model.spec, one).legal]
+        legal = [one for one in range(1, largest + 1) if self.model.shared_by(one).legal]
         asked = self.wanted.degree
         if asked is None:
             return legal
-        entry = tensor_parallel(self.model.spec, asked)
+        entry = self.model.shared_by(asked)
         if not entry.legal:
-            every = [one for one in range(1, 65) if tensor_parallel(self.model.spec, one).legal]
+            every = [one for one in range(1, 65) if self.model.shared_by(one).legal]
             hint = f"legal degrees: {', '.join(map(str, every))}"
             raise UsageError(f"a tensor-parallel degree of {asked}: {entry.obstacle}", where="--tp", hint=hint)
         if asked > largest:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from llmopt.model.parallel import TensorParallel, tensor_parallel
 from llmopt.model.spec import ModelSpec
 from llmopt.partition.cost import Precision
 from llmopt.partition.promises import Promise
@@ -32,3 +33,7 @@ class Model:
     spec: ModelSpec
     precision: Precision
     revision: str | None = None
+
+    def shared_by(self, degree: int) -> TensorParallel:
+        """Whether it can be cut over so many devices."""
+        return tensor_parallel(self.spec, degree)
