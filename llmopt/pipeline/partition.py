@@ -63,6 +63,9 @@ def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
     """
     if request.output.exists() and not request.force:
         raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
+    for path in (request.output, request.timeline):
+        if path is not None and not path.parent.is_dir():
+            raise ArtifactError("there is no folder to write into", where=str(path.parent), hint="make it first")
     result = find_plan(request, progress)
     write_plan(request.output, result.plan)
     if request.timeline is not None:
@@ -107,7 +110,7 @@ def _wanted(request: PartitionRequest) -> Wanted:
         micro_batches=request.micro_batches,
         replicas=request.replicas,
         degree=request.degree,
-        order=None if request.order is None else tuple(request.order.split(",")),
+        order=None if request.order is None else tuple(name.strip() for name in request.order.split(",")),
         split=None if request.split is None else _counts(request.split),
     )
 
