@@ -13,16 +13,16 @@ import numpy as np
 
 from llmopt.model.families import spec_from_config
 from llmopt.model.spec import ModelSpec
-from llmopt.partition.classes import AnyOrder, Grouping
 from llmopt.partition.cluster import Cluster, cluster_from_json
 from llmopt.partition.cost import Precision
-from llmopt.partition.fixed import FixedOrder
-from llmopt.partition.joining import smallest_largest
 from llmopt.partition.joint import choose_schemes
 from llmopt.partition.plan import Workload
 from llmopt.partition.problem import Kind, Slot
 from llmopt.partition.promises import parse_promise
 from llmopt.partition.search import Search
+from llmopt.partition.solver.classes import AnyOrder, Grouping
+from llmopt.partition.solver.fixed import FixedOrder
+from llmopt.partition.solver.joining import smallest_largest
 from llmopt.partition.wanted import Model, ObjectiveName, Wanted
 
 NODES = [

@@ -12,9 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmopt.partition.classes import MOST_STATES, AnyOrder
 from llmopt.partition.cluster import Device
-from llmopt.partition.joining import best, smallest_largest
 from llmopt.partition.layout import by_permuted_class, laid_out
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.pools import (
@@ -25,8 +23,10 @@ from llmopt.partition.pools import (
     pooled_devices,
     simple_bound,
 )
-from llmopt.partition.prices import MOST_ITEMS, Prices
 from llmopt.partition.problem import Objective, Piece
+from llmopt.partition.solver.classes import MOST_STATES, AnyOrder
+from llmopt.partition.solver.joining import best, smallest_largest
+from llmopt.partition.solver.prices import MOST_ITEMS, Prices
 
 _MOST_POOLED = 3_000_000  # states × groupings
 _MOST_SUMMED = 40_000_000  # the same × items, for a least sum

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llmopt.partition.ahead import Ahead, Measure
 from llmopt.partition.cluster import Device
-from llmopt.partition.compromise import Compromise
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.orders import Found, Solution
 from llmopt.partition.problem import Objective, Piece
+from llmopt.partition.solver.ahead import Ahead, Measure
+from llmopt.partition.solver.compromise import Compromise
 from llmopt.partition.ways import Ways, ways_in_any_order, ways_in_order
 
 Bounds = Mapping[Metric, float]  # in seconds

@@ -8,7 +8,7 @@ from itertools import groupby
 from llmopt.partition.cluster import Device
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.problem import Kind, Piece
-from llmopt.partition.steps import Counts, Option, Site, Steps, steps_in_any_order
+from llmopt.partition.solver.steps import Counts, Option, Site, Steps, steps_in_any_order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

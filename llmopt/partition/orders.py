@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from llmopt.partition.by_class import least_possible, likely_orders, raised_bound
 from llmopt.partition.cluster import Device
-from llmopt.partition.fixed import FixedOrder
-from llmopt.partition.joining import best
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.nodes import Nodes, nodes_of
 from llmopt.partition.problem import Piece
+from llmopt.partition.solver.fixed import FixedOrder
+from llmopt.partition.solver.joining import best
 from llmopt.partition.ways import Ways, ways_in_any_order, ways_in_order
 
 _FEW_STEPS = 300  # so few are gone through at once

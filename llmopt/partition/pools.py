@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from llmopt.partition.classes import AnyOrder, Grouping
 from llmopt.partition.cluster import Device
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.problem import Kind, Objective
+from llmopt.partition.solver.classes import AnyOrder, Grouping
 
 Hop = Literal["shortest", "longest"]
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from llmopt.partition.cluster import Cluster, Device, Link
 from llmopt.partition.cost import Precision
-from llmopt.partition.fixed import FixedOrder
 from llmopt.partition.layout import by_permuted_class
 from llmopt.partition.settings import Settings
+from llmopt.partition.solver.fixed import FixedOrder
 from llmopt.quantize.assign import assign
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.words import counted

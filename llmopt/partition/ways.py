@@ -9,8 +9,8 @@ from llmopt.partition.cluster import Device
 from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.nodes import nodes_of
 from llmopt.partition.problem import Array, Kind, Piece
-from llmopt.partition.steps import Steps, steps_in_order
-from llmopt.partition.stepwise import Stepwise
+from llmopt.partition.solver.steps import Steps, steps_in_order
+from llmopt.partition.solver.stepwise import Stepwise
 
 MOST_CELLS = 1_500_000  # steps × items: more take too long to go through
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from llmopt.partition.classes import AnyOrder, Grouping
-from llmopt.partition.fixed import FixedOrder
-from llmopt.partition.joining import best
-from llmopt.partition.prices import Prices
+from llmopt.partition.solver.classes import AnyOrder, Grouping
+from llmopt.partition.solver.fixed import FixedOrder
+from llmopt.partition.solver.joining import best
+from llmopt.partition.solver.prices import Prices
 from tests.partition.brute import brute_force, case, slots_of, worth
 
 

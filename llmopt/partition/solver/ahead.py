@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.partition.problem import SLACK, Array, Kind, Objective
-from llmopt.partition.steps import Steps
+from llmopt.partition.solver.steps import Steps
 
 MOST_PAIRS = 150_000_000  # steps × pairs of items
 

@@ -10,8 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from llmopt.partition.classes import AnyOrder
 from llmopt.partition.problem import SLACK, Array, Objective
+from llmopt.partition.solver.classes import AnyOrder
 
 MOST_ITEMS = 400
 _MOST_CHANGES = 25  # of prices

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmopt.partition.problem import Kind, Piece, Slot, stage_seconds
-from llmopt.partition.reaching import Reaching
-from llmopt.partition.summing import Summing
+from llmopt.partition.solver.reaching import Reaching
+from llmopt.partition.solver.summing import Summing
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

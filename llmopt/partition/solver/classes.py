@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.partition.problem import SLACK, Array, Kind, Piece
-from llmopt.partition.window import first_items, window_minimum
+from llmopt.partition.solver.window import first_items, window_minimum
 
 MOST_STATES = 6_000_000
 MOST_SUMS = 30_000_000

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.partition.problem import Array, Kind, Piece
-from llmopt.partition.steps import Step, Steps
-from llmopt.partition.window import first_items, window_minimum
+from llmopt.partition.solver.steps import Step, Steps
+from llmopt.partition.solver.window import first_items, window_minimum
 
 Indices = npt.NDArray[np.int64]
 Firsts = dict[tuple[int, float], Indices]  # by kind and hop: where a stage may begin at the earliest

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.partition.ahead import Ahead
 from llmopt.partition.problem import SLACK, Array, Objective, Piece
+from llmopt.partition.solver.ahead import Ahead
 
 MOST_LABELS = 50_000
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.partition.problem import SLACK, Array, Kind, Piece, Slot
-from llmopt.partition.window import first_items, window_minimum
+from llmopt.partition.solver.window import first_items, window_minimum
 
 # Up to so many items a table of all pairs is quicker than minima over windows.
 _FEW_ITEMS = 400
