@@ -1,5 +1,6 @@
 """The nearest changes that would let a model fit: each is tried before it is said."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from llmopt.partition.cost import Precision
 from llmopt.partition.layout import by_permuted_class
 from llmopt.partition.settings import Settings
 from llmopt.partition.solver.fixed import FixedOrder
+from llmopt.partition.ways import ways_in_any_order
 from llmopt.quantize.assign import assign
 from llmopt.quantize.scheme import parse_scheme
 from llmopt.words import counted
@@ -50,14 +52,19 @@ def _fewer_tokens(settings: Settings) -> Iterator[str]:
 
 
 def _fits(settings: Settings) -> bool:
-    """Whether there is room in some order, micro-batches being as small as they can be."""
+    """Whether there is room, micro-batches being as small as they can be: in any order, or in a likely one where there
+    are too many to go through."""
     devices = settings.devices()
     machine = settings.machine(1, settings.sequences(1), settings.degrees(devices))
-    orders = [devices] if settings.wanted.order is not None else by_permuted_class(devices)
-    for order in orders:
+    in_order = settings.wanted.order is not None
+    if not in_order and (ways := ways_in_any_order(machine, devices)) is not None:
+        problem = ways.stepwise("tpot")
+        alone = any(math.isfinite(kind.alone()) for kind in problem.kinds)
+        return alone or problem.within(problem.longest_s()) is not None
+    for order in [devices] if in_order else by_permuted_class(devices):
         kinds, slots = machine.slots(order, "tpot")
-        problem = FixedOrder(kinds=kinds, slots=slots) if kinds else None
-        if problem is not None and (problem.alone() is not None or problem.within(problem.longest_s()) is not None):
+        fixed = FixedOrder(kinds=kinds, slots=slots) if kinds else None
+        if fixed is not None and (fixed.alone() is not None or fixed.within(fixed.longest_s()) is not None):
             return True
     return False
 
