@@ -1,7 +1,7 @@
 """The cheapest devices, or the fewest, that a model fits on and keeps its promises with."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from llmopt.errors import UsageError
@@ -14,7 +14,7 @@ from llmopt.partition.settings import Setting
 from llmopt.partition.target import NOTHING, Answer, answer_for_metric
 from llmopt.words import counted
 
-_MOST_PURCHASES = 3000
+_MOST_PURCHASES = 100_000
 
 
 def answer_for_cost(
@@ -55,7 +55,8 @@ def _first_that_does(
     return NOTHING if least is None else Answer(candidate=None, bound=least * copies)
 
 
-def _purchases(setting: Setting, tolls: Tolls) -> list[tuple[float, list[Device]]]:
+def _purchases(setting: Setting, tolls: Tolls) -> Iterator[tuple[float, list[Device]]]:
+    """Numbers of devices of each class whose memory is enough, from the cheapest on."""
     by_kind: dict[str, list[Device]] = {}
     for device in setting.devices:
         by_kind.setdefault(device.kind, []).append(device)
@@ -64,14 +65,16 @@ def _purchases(setting: Setting, tolls: Tolls) -> list[tuple[float, list[Device]
         what = f"more than {_MOST_PURCHASES:,} ways to choose among {counted(len(setting.devices), 'device')}"
         raise UsageError(what, where="--objective", hint="give a smaller cluster, or fewer classes")
     needed = memory_needed(setting.machine, setting.devices)
-    found = []
-    for chosen in product(*counts):
+    rooms = [setting.machine.cluster.device_class(kind).usable_bytes for kind in by_kind]
+    prices = [tolls[kind] for kind in by_kind]
+    enough = [chosen for chosen in product(*counts) if any(chosen) and _dot(chosen, rooms) >= needed]
+    for chosen in sorted(enough, key=lambda chosen: (_dot(chosen, prices), sum(chosen))):
         bought = [device for many, of_kind in zip(chosen, by_kind.values(), strict=True) for device in of_kind[:many]]
-        there = sum(setting.machine.cluster.device_class(device.kind).usable_bytes for device in bought)
-        if bought and there >= needed:
-            cost = sum(tolls[device.kind] for device in bought)
-            found.append((cost, sorted(bought, key=setting.devices.index)))
-    return sorted(found, key=lambda one: (one[0], len(one[1])))
+        yield _dot(chosen, prices), sorted(bought, key=setting.devices.index)
+
+
+def _dot(counts: Sequence[int], values: Sequence[float]) -> float:
+    return sum(count * value for count, value in zip(counts, values, strict=True))
 
 
 def memory_needed(machine: Machine, devices: Sequence[Device]) -> float:
