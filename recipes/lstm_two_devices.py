@@ -20,11 +20,11 @@ import numpy as np
 from llmopt.measure.host import usable_cores
 from llmopt.model.recurrent import RecurrentSpec, recurrent_spec
 from llmopt.partition.cluster import Cluster, Link, Speed, load_cluster
-from llmopt.partition.fixed import FixedOrder
-from llmopt.partition.joining import best
 from llmopt.partition.problem import Kind, Objective, Slot
 from llmopt.partition.runtime.layout import Layout, StageLayout
 from llmopt.partition.runtime.schedule import WHOLE, MicroBatches
+from llmopt.partition.solver.fixed import FixedOrder
+from llmopt.partition.solver.joining import best
 from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.run import run_job
 

@@ -26,6 +26,7 @@ RECIPES = {
     "recipes/cast-gpu.yaml": 0,
     "recipes/int2-qat.yaml": 0,
     "recipes/int8-qat.yaml": 0,
+    "recipes/partition.yaml": 0,
 }
 
 

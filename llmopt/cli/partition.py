@@ -111,6 +111,7 @@ def partition(
 
 def draw(plan: "Plan", exported: object, on: "RichConsole") -> None:
     """Stages, comparison, timeline, and how good it is."""
+    from llmopt.partition.finish import TOLD
     from llmopt.partition.timeline import as_text
 
     on.print(_stages(plan))
@@ -118,7 +119,7 @@ def draw(plan: "Plan", exported: object, on: "RichConsole") -> None:
     on.print(_comparison(plan))
     on.print(f"\n{as_text(plan)}\n", markup=False, highlight=False)
     if plan.gap is not None:
-        proven = "nothing is better" if plan.gap < 1e-6 else f"at most {100 * plan.gap:.2g} % above the best"
+        proven = "nothing is better" if plan.gap < TOLD else f"at most {100 * plan.gap:.2g} % above the best"
         on.print(f"{plan.objective}: {plan.value:.4g}; {proven}", highlight=False)
     for note in (*plan.notes, *([f"not used: {', '.join(plan.unused)}"] if plan.unused else [])):
         on.print(note, markup=False, highlight=False)
@@ -145,14 +146,15 @@ def _comparison(plan: "Plan") -> "Table":
     table = _table("", "TTFT ms", "TPOT ms", "tokens/s")
     copies = f", {plan.replicas} replicas" if plan.replicas > 1 else ""
     _compare(table, f"this plan, micro-batches: {plan.micro_batches}{copies}", plan.predicted)
+    one = len(plan.unused) + plan.ranks == 1
     for name, predicted in plan.baselines.items():
-        _compare(table, name.replace("_", " "), predicted)
+        _compare(table, name.replace("_", " "), predicted, otherwise="is the same" if one else "does not fit")
     return table
 
 
-def _compare(table: "Table", name: str, predicted: "Predicted | None") -> None:
+def _compare(table: "Table", name: str, predicted: "Predicted | None", otherwise: str = "") -> None:
     if predicted is None:
-        table.add_row(name, "does not fit, or is the same", "", "")
+        table.add_row(name, otherwise, "", "")
         return
     times = (predicted.ttft_ms, predicted.tpot_ms, predicted.throughput_tokens_per_s)
     table.add_row(name, *(f"{value:.4g}" for value in times))

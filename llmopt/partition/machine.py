@@ -52,6 +52,11 @@ class Machine:
             return Objective(form="fill", micro_batches=self.costs.cut.count)
         return Objective(form="rounds", micro_batches=self.costs.cut.groups)
 
+    def unit(self, metric: Metric) -> float:
+        """What a second that the search counts is in an objective's unit: ms, or ms a token of all sequences."""
+        tokens = self.replicas * self.costs.cut.sequences * self.costs.workload.output
+        return _MS / tokens if metric == "throughput" else _MS
+
     def kind(self, group: Group, metric: Metric) -> Kind:
         """A group as the search knows it."""
         if (group, metric) not in self._kinds:
@@ -86,8 +91,9 @@ class Machine:
         links = machine.link, self.cluster.between
         prefill_s = np.array([link.seconds(self.costs.prefill_hop_bytes) if link else 0.0 for link in links])
         decode_s = np.array([link.seconds(self.costs.decode_hop_bytes) if link else 0.0 for link in links])
-        inside, between = self._mixed(metric, prefill_s, decode_s)
-        return float(inside), max(float(between), float(inside))
+        # From another node no phase is quicker than within one.
+        inside, between = self._mixed(metric, np.maximum.accumulate(prefill_s), np.maximum.accumulate(decode_s))
+        return float(inside), float(between)
 
     def _back_s(self) -> float:
         """The chosen tokens go back to the first stage, over the slowest link that there is."""

@@ -13,8 +13,10 @@ from llmopt.partition.cost import DTYPE_BYTES, Precision
 from llmopt.partition.engines import ENGINES, export
 from llmopt.partition.joint import choose_schemes
 from llmopt.partition.plan import Plan, Workload, write_plan
-from llmopt.partition.search import OBJECTIVES, Model, Search, Wanted, parse_promise
+from llmopt.partition.promises import parse_promise
+from llmopt.partition.search import Search
 from llmopt.partition.timeline import as_svg
+from llmopt.partition.wanted import OBJECTIVES, Model, Wanted
 from llmopt.pipeline.stored import Schemes, open_model, stored_schemes
 from llmopt.progress import Progress
 from llmopt.quantize.assign import assign
@@ -64,6 +66,24 @@ def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
     Raises:
         LlmoptError: the request contradicts itself, the model or the cluster, or there is no such plan.
     """
+    if request.output.exists() and not request.force:
+        raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
+    for path in (request.output, request.timeline):
+        if path is not None and not path.parent.is_dir():
+            raise ArtifactError("there is no folder to write into", where=str(path.parent), hint="make it first")
+    result = find_plan(request, progress)
+    write_plan(request.output, result.plan)
+    if request.timeline is not None:
+        request.timeline.write_text(as_svg(result.plan), encoding="utf-8")
+    return result
+
+
+def find_plan(request: PartitionRequest, progress: Progress) -> PartitionResult:
+    """Find the plan, and write nothing but the graphs that an export asks for.
+
+    Raises:
+        LlmoptError: the request contradicts itself, the model or the cluster, or there is no such plan.
+    """
     wanted = _wanted(request)
     cluster = load_cluster(request.cluster)
     weights = request.export == ONNX
@@ -85,11 +105,7 @@ def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
         plan = Search(model=model, cluster=cluster, workload=workload, wanted=wanted).plan()
     if request.joint:
         plan = replace(plan, notes=(*plan.notes, "schemes chosen for the least estimated loss that fits"))
-    exported = _exported(plan, source, request, progress)
-    write_plan(request.output, plan)
-    if request.timeline is not None:
-        request.timeline.write_text(as_svg(plan), encoding="utf-8")
-    return PartitionResult(plan=plan, exported=exported)
+    return PartitionResult(plan=plan, exported=_exported(plan, source, request, progress))
 
 
 def _exported(plan: Plan, source: ModelSource, request: PartitionRequest, progress: Progress) -> dict[str, Any] | None:
@@ -115,15 +131,13 @@ def _wanted(request: PartitionRequest) -> Wanted:
         raise UsageError(what, where="--export, --export-to")
     if request.export_to is not None:
         check_destination(request.export_to, force=request.force)
-    if request.output.exists() and not request.force:
-        raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
     return Wanted(
         objective=named[request.objective],
         promises=tuple(map(parse_promise, request.promises)),
         micro_batches=request.micro_batches,
         replicas=request.replicas,
         degree=request.degree,
-        order=None if request.order is None else tuple(request.order.split(",")),
+        order=None if request.order is None else tuple(name.strip() for name in request.order.split(",")),
         split=None if request.split is None else _counts(request.split),
     )
 
@@ -138,7 +152,7 @@ def _counts(text: str) -> tuple[int, ...]:
 def _require_context(spec: ModelSpec, workload: Workload) -> None:
     if workload.context > spec.context_length:
         what = f"{workload.context} tokens, where the model reads {spec.context_length}"
-        raise UsageError(what, where="--prompt, --output-tokens")
+        raise UsageError(what, where="--prompt, --output-tokens", hint="their sum is the context that is needed")
 
 
 def _precision(spec: ModelSpec, request: PartitionRequest, stored: Schemes | None) -> Precision:

@@ -15,21 +15,24 @@ from llmopt.pipeline.prepare import Prepared, prepare
 from llmopt.pipeline.qat.options import QatOptions
 from llmopt.pipeline.quantize import execute
 from llmopt.pipeline.request import QuantizeRequest
+from llmopt.pipeline.run_plans import MadePlan, judge_plans, make_plan, plan_requests, plans_as_json
 from llmopt.precision.budget import parse_budget
 from llmopt.progress import Progress
 from llmopt.quantize.scheme import parse_scheme
-from llmopt.recipe import BenchStep, CastStep, QuantizeStep, Recipe, Step
+from llmopt.recipe import BenchStep, CastStep, PartitionStep, QuantizeStep, Recipe, Step
 from llmopt.report.gates import exit_code, judge, parse_gate
 from llmopt.report.results import GateResult, Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """What became of a recipe. `report` is None when it asks for no measurement."""
+    """What became of a recipe. `report` is None when it asks for no measurement; `gates` are all that were judged."""
 
     artifacts: tuple[Path, ...]
     report: Report | None
     exit_code: ExitCode
+    plans: tuple[MadePlan, ...] = ()
+    gates: tuple[GateResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +45,14 @@ class RunOptions:
 
 
 def plan(recipe: Recipe, options: RunOptions, progress: Progress) -> list[Prepared | PreparedCast]:
-    """Every step, its model found and its layers assigned; nothing is written and no weight is read.
+    """Every step that makes an artifact, its layers assigned; nothing is written and no weight is read.
 
     Raises:
         LlmoptError: a step cannot be done.
     """
     require_benchable(recipe)
-    prepared = [_prepared(recipe, step, options, progress) for step in recipe.steps]
+    plan_requests(recipe)
+    prepared = [_prepared(recipe, step, options, progress) for step in recipe.steps if step.partition is None]
     if recipe.bench is not None:
         settings = _bench_settings(recipe.bench, options)
         check_lengths(recipe.model, prepared[0].source.spec, settings)
@@ -64,19 +68,30 @@ def run(recipe: Recipe, options: RunOptions, progress: Progress) -> RunResult:
     prepared = plan(recipe, options, progress)
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
+    # Plans take seconds: what cannot be is found before hours of work.
+    plans = tuple(
+        make_plan(name, request, progress, force=options.force) for name, request in plan_requests(recipe).items()
+    )
     for step in prepared:
         if is_done(step, force=options.force):
             progress.say(f"{step.request.output} is there already, made from the same: kept")
         else:
             _execute(step, progress)
     artifacts = tuple(step.request.output for step in prepared)
+    gates = judge_plans(recipe, plans)
     if recipe.bench is None:
-        return RunResult(artifacts=artifacts, report=None, exit_code=ExitCode.DONE)
+        code = exit_code(gates)
+        return RunResult(artifacts=artifacts, report=None, exit_code=code, plans=plans, gates=gates)
     report = bench(_bench_request(recipe, artifacts, options), progress)
-    gates = tuple(result for gate in recipe.gates for result in _judged(gate.expression, gate.candidate, report))
+    measured = tuple(result for gate in recipe.gates for result in _judged(gate.expression, gate.candidate, report))
+    gates = (*measured, *gates)
     report = replace(report, gates=gates)
+    if plans:
+        note = f"predicted and not measured: what gates say of {', '.join(made.name for made in plans)}"
+        settings = {**report.settings, "plans": plans_as_json(plans)}
+        report = replace(report, settings=settings, notes=(*report.notes, note))
     write_json(output / REPORT, report.to_json())
-    return RunResult(artifacts=artifacts, report=report, exit_code=exit_code(gates))
+    return RunResult(artifacts=artifacts, report=report, exit_code=exit_code(gates), plans=plans, gates=gates)
 
 
 def require_benchable(recipe: Recipe) -> None:
@@ -87,12 +102,15 @@ def require_benchable(recipe: Recipe) -> None:
     """
     if recipe.bench is None:
         return
-    for step in recipe.steps:
-        if step.work.format == ONNX.name or (step.cast is not None and not recipe.bench.latency):
+    works = [(step, step.work) for step in recipe.steps if not isinstance(step.work, PartitionStep)]
+    if not works:
+        raise UsageError("bench measures artifacts, and no step makes one", hint="leave bench out")
+    for step, work in works:
+        if work.format == ONNX.name or (step.cast is not None and not recipe.bench.latency):
             continue
         alone = "" if step.cast is None else ", or measure accuracy alone: `latency: false`"
         raise UsageError(
-            f"bench measures in onnxruntime, and step {step.work.name} has format {step.work.format}",
+            f"bench measures in onnxruntime, and step {work.name} has format {work.format}",
             hint=f"leave bench out, or write format {ONNX.name}{alone}",
         )
 

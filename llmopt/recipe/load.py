@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from llmopt.calibrate.dataset_name import SYNTAX, could_be_on_the_hub
 from llmopt.errors import RecipeError, near_match
 from llmopt.recipe.document import Document, Keys, Place, parse
-from llmopt.recipe.schema import SCHEMA, QuantizeStep, Recipe, Vocabulary
+from llmopt.recipe.schema import SCHEMA, PartitionStep, QuantizeStep, Recipe, Vocabulary
 
 _LARGEST_BYTES = 1_000_000
 # In people's words, what pydantic says in Python's.
@@ -124,7 +124,8 @@ def _check_names(recipe: Recipe, document: Document) -> None:
             raise RecipeError(
                 f"no step is named {gate.candidate!r}", where=str(where), hint=near_match(gate.candidate, names)
             )
-    if recipe.gates and recipe.bench is None:
+    plans = [step.partition.name for step in recipe.steps if step.partition is not None]
+    if recipe.bench is None and any(gate.candidate not in plans for gate in recipe.gates):
         where = document.place(("gates",))
         raise RecipeError("gates judge what was measured, and nothing is", where=str(where), hint="add `bench: {}`")
 
@@ -134,6 +135,11 @@ def _with_texts_found(recipe: Recipe, document: Document) -> Recipe:
     steps = []
     for index, step in enumerate(recipe.steps):
         keys: Keys = ("steps", index, step.kind)
+        if isinstance(step.work, PartitionStep):
+            cluster = _beside(step.work.cluster, document.place((*keys, "cluster")))
+            planned = step.work.model_copy(update={"cluster": cluster})
+            steps.append(step.model_copy(update={step.kind: planned}))
+            continue
         found: dict[str, object] = {"calib": _found(step.work.calib, document.place((*keys, "calib")))}
         if isinstance(step.work, QuantizeStep) and (training := step.work.training) is not None:
             data = _found(training.data, document.place((*keys, "training", "data")))
@@ -144,6 +150,15 @@ def _with_texts_found(recipe: Recipe, document: Document) -> Recipe:
         return recipe
     text = _found(recipe.bench.text, document.place(("bench", "text")))
     return recipe.model_copy(update={"bench": recipe.bench.model_copy(update={"text": text})})
+
+
+def _beside(name: str, place: Place) -> str:
+    """A file that is named relative to the recipe."""
+    found = place.folder / name
+    if not found.is_file():
+        hint = "llmopt probe -o cluster.yaml writes one"
+        raise RecipeError(f"there is no file {str(found)!r}", where=str(place), hint=hint)
+    return str(found)
 
 
 def _found(text: str | None, place: Place) -> str | None:

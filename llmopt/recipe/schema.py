@@ -182,6 +182,37 @@ class CastStep(Section):
     null: measured where the format is onnx."""
 
 
+class PartitionStep(Section):
+    """Plan which device has which blocks; plan.json and timeline.svg stand in a folder of the step's name."""
+
+    name: Name
+    """Names the folder, and the candidate in gates about what is predicted."""
+    cluster: str
+    """The cluster file, relative to the recipe."""
+    objective: Literal["ttft", "tpot", "throughput", "devices", "price"] = "tpot"
+    """What the plan is to be best at."""
+    slo: Many[str] = ()
+    """Promises that the plan keeps, such as ttft_ms<=300; without such a plan the recipe ends with exit code 3."""
+    prompt: Count = 512
+    """Tokens of a prompt."""
+    output: Count = 128
+    """Tokens behind it."""
+    batch: Count = 1
+    """Sequences at once."""
+    dtype: str | None = None
+    """What it computes in. null: the config's."""
+    scheme: Scheme | None = None
+    """Plan for the model quantized: such as w8a16. null: as it is."""
+    joint: bool = False
+    """Choose each block's scheme as well: the least estimated loss that fits."""
+    tp: Count | None = None
+    """Only this tensor-parallel degree. null: whatever is best."""
+    micro_batches: Count | None = None
+    """Only so many micro-batches. null: whatever is best."""
+    replicas: Count | None = None
+    """Only so many copies. null: whatever is best."""
+
+
 class Step(Section):
     """One step of work. Its only key says which."""
 
@@ -189,22 +220,26 @@ class Step(Section):
     """Quantize the model."""
     cast: CastStep | None = None
     """Cast the model to 16 bits."""
+    partition: PartitionStep | None = None
+    """Plan the model on the devices of a cluster file."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Step":
-        if len([work for work in (self.quantize, self.cast) if work is not None]) != 1:
-            raise PydanticCustomError("refused", "a step does one thing", {"hint": "quantize or cast"})
+        if len([work for work in (self.quantize, self.cast, self.partition) if work is not None]) != 1:
+            raise PydanticCustomError("refused", "a step does one thing", {"hint": "quantize, cast or partition"})
         return self
 
     @property
     def kind(self) -> str:
         """The step's only key."""
+        if self.partition is not None:
+            return "partition"
         return "cast" if self.quantize is None else "quantize"
 
     @property
-    def work(self) -> QuantizeStep | CastStep:
+    def work(self) -> QuantizeStep | CastStep | PartitionStep:
         """What stands under it."""
-        work = self.quantize or self.cast
+        work = self.quantize or self.cast or self.partition
         assert work is not None
         return work
 
@@ -233,9 +268,10 @@ class Gate(Section):
     """A promise about what was measured."""
 
     candidate: str | None = None
-    """The step that the promise is about. null: every step."""
+    """The step that the promise is about. null: every step whose artifact is measured."""
     expression: Annotated[str, Field(alias="assert"), AfterValidator(_known_gate)]
-    """Such as `perplexity <= +1%` (against the baseline) or `tpot_ms <= 20`."""
+    """Such as `perplexity <= +1%` (against the baseline) or `tpot_ms <= 20`; of a plan, ttft_ms or tpot_ms as they are
+    predicted."""
 
 
 class Recipe(Section):

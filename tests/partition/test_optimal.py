@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from llmopt.partition.classes import AnyOrder
-from llmopt.partition.fixed import FixedOrder
-from llmopt.partition.joining import best
+from llmopt.partition.solver.classes import AnyOrder, Grouping
+from llmopt.partition.solver.fixed import FixedOrder
+from llmopt.partition.solver.joining import best
+from llmopt.partition.solver.prices import Prices
 from tests.partition.brute import brute_force, case, slots_of, worth
 
 
@@ -42,10 +43,38 @@ def test_classes_in_any_order_are_cut_as_well_as_in_the_best(first):
             slots = slots_of([(name, place) for place, name in enumerate(order)], options, hops)
             wanted = min(wanted, brute_force(kinds, slots, objective))
         counts = [names.count(name) for name in options]
-        free = AnyOrder(kinds=kinds, counts=counts, degrees=[1] * len(kinds), hop_s=hops[1])
+        groupings = [Grouping(place, 1, 1) for place in range(len(kinds))]
+        free = AnyOrder(kinds=kinds, groupings=groupings, counts=counts, hops_s=[hops[1]] * len(kinds))
         several = best(free, objective)
         there = [kind for kind, count in zip(kinds, counts, strict=True) if count and math.isfinite(kind.alone())]
         values = [objective.value(kind.alone(), kind.alone()) for kind in there]
         if several is not None:
-            values.append(value(kinds, free.slots, objective, several))
+            values.append(
+                value(
+                    kinds,
+                    slots_of([(name, place) for place, name in enumerate(names)], options, hops),
+                    objective,
+                    several,
+                )
+            )
         assert min(values, default=math.inf) == pytest.approx(wanted, rel=1e-9), seed
+
+
+@pytest.mark.parametrize("first", range(0, 200, 100))
+def test_prices_of_devices_give_a_bound_that_no_stages_are_below(first):
+    reached = []
+    for seed in range(first, first + 100):
+        kinds, options, devices, hops, objective = case(seed, uniform=True)
+        names = [name for name, _ in devices]
+        groupings = [Grouping(place, 1, 1) for place in range(len(kinds))]
+        counts = [names.count(name) for name in options]
+        free = AnyOrder(kinds=kinds, groupings=groupings, counts=counts, hops_s=[hops[1]] * len(kinds))
+        pieces = best(free, objective)
+        if pieces is None:
+            continue
+        seconds = free.seconds(pieces)
+        worth_s = objective.value(sum(seconds), max(seconds))
+        bound = Prices(problem=free).raised(objective, 0.0, 2 * worth_s)
+        assert bound <= worth_s * (1 + 1e-9), seed
+        reached.append(bound / worth_s)
+    assert sum(reached) / len(reached) > 0.85

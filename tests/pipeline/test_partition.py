@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from llmopt.errors import BudgetError, UnsupportedError, UsageError
+from llmopt.errors import ArtifactError, BudgetError, ExitCode, UnsupportedError, UsageError
 from llmopt.partition.plan import read_plan
+from llmopt.partition.timeline import as_text
 from llmopt.pipeline.partition import PartitionRequest, partition
 from llmopt.progress import Silent
 
@@ -86,7 +87,7 @@ def test_a_tied_table_is_there_once_in_one_stage_and_twice_in_two(request_):
 
 def test_what_does_not_fit_says_what_is_missing_and_what_would_do(request_):
     request_.cluster.write_text(CLUSTER % 0.3)
-    with pytest.raises(BudgetError, match=r"GB of weights and .* GB of cache do not fit into") as caught:
+    with pytest.raises(BudgetError, match=r"1.143 GB of weights and 14.16 MB of cache do not fit into") as caught:
         made(request_)
     assert "add" in caught.value.hint
     assert "like core" in caught.value.hint
@@ -151,3 +152,47 @@ def test_a_timeline_names_every_stage(request_, tmp_path):
     made(request_, split="4,4,4", micro_batches=4, timeline=tmp_path / "t.svg")
     picture = (tmp_path / "t.svg").read_text()
     assert all(f"{number} n/core:{number}" in picture for number in range(3))
+
+
+def test_the_bottleneck_is_named_in_words_and_in_the_picture(request_, tmp_path):
+    plan = made(request_, degree=1, split="1,10,1", micro_batches=4, replicas=1, timeline=tmp_path / "t.svg")
+    assert "bottleneck: stage 1 on n/core:1" in as_text(plan)
+    assert "bottleneck of prefill: stage 1" in (tmp_path / "t.svg").read_text()
+
+
+def test_a_plan_goes_into_a_folder_that_is_there(request_, tmp_path):
+    for changes in ({"output": tmp_path / "gone" / "p.json"}, {"timeline": tmp_path / "gone" / "t.svg"}):
+        with pytest.raises(ArtifactError, match="no folder to write into"):
+            made(request_, **changes)
+
+
+def test_a_plan_that_is_there_is_replaced_by_force_alone(request_):
+    made(request_)
+    with pytest.raises(ArtifactError, match="something is there already"):
+        partition(request_, Silent())
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "hint"),
+    [
+        ({"objective": "tpto"}, "no objective 'tpto'", "tpot"),
+        ({"promises": ("ttft<=3",)}, "no 'ttft'", "ttft_ms"),
+        ({"promises": ("soon",)}, "is no promise", "ttft_ms<=300"),
+        ({"dtype": "f32"}, "no dtype 'f32'", "float32"),
+        ({"split": "6,5"}, "are 11 blocks, and the model has 12", "their sum"),
+        ({"split": "0,12"}, "the first stage has a block", None),
+        ({"split": "3,3,3,3"}, "where there are 3", "fewer stages"),
+        ({"split": "a"}, "is no split", "10,12,8"),
+        ({"order": "n/core:0, n/cor:1"}, "no device 'n/cor:1'", "n/core:1"),
+        ({"order": "n/core:0,n/core:0"}, "there twice", None),
+        ({"replicas": 2}, "do not divide into 2 replicas", "divides"),
+        ({"micro_batches": 9999}, "9999 micro-batches", "at most 64"),
+        ({"prompt": 4096}, "where the model reads 4096", "context"),
+        ({"scheme": "w8a16", "joint": True}, "--joint chooses", "leave one"),
+    ],
+)
+def test_a_contradiction_is_a_usage_error_with_what_was_meant(request_, changes, what, hint):
+    with pytest.raises(UsageError, match=what) as caught:
+        made(request_, **changes)
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert hint is None or hint in caught.value.hint

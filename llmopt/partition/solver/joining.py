@@ -14,6 +14,8 @@ from llmopt.partition.problem import SLACK, Objective, Piece
 TOLERANCE = 1e-10  # relative; what is left when bisection ends
 JOINED = 1e-9  # for those that need a least sum at every step
 
+_NEARLY = 0.02  # relative: with no more than that between them, ends of a bisection are near each other
+
 Pieces = list[Piece]
 
 
@@ -54,12 +56,27 @@ def best(oracle: Oracle, objective: Objective, at_most: float = math.inf) -> Pie
     if objective.only_largest(oracle.most_stages):
         return pieces
 
+    return _joined(oracle, objective, pieces, bottleneck_s, at_most)
+
+
+def _joined(
+    oracle: Oracle, objective: Objective, tightest: Pieces, bottleneck_s: float, at_most: float
+) -> Pieces | None:
+    """The best of those between the smallest largest and the least sum."""
+    loose = oracle.least_sum()
+    if loose is None or objective.value(loose[1], bottleneck_s * (1 - 2 * TOLERANCE)) >= at_most:
+        return None
+
     def value(one: Pieces) -> float:
         seconds = oracle.seconds(one)
         return objective.value(sum(seconds), max(seconds))
 
+    ends = [tightest, loose[0]]
+    limit = bottleneck_s * (1 + 2 * TOLERANCE)
     join = _rounds if objective.form == "rounds" else _fill
-    return min([pieces, *join(oracle, objective, bottleneck_s * (1 + 2 * TOLERANCE), value)], key=value)
+    high = min(at_most, *map(value, ends))
+    found = join(oracle, objective, value, limit=limit, total=loose[1], high=high)
+    return min([*ends, *found], key=value)
 
 
 def smallest_largest(
@@ -73,45 +90,70 @@ def smallest_largest(
         if high >= most:
             return None
         low, high = high, min(2 * high, most)
+    high, reached = min(high, max(oracle.seconds(pieces))), True
     while high - low > tolerance * high:
-        middle = (low + high) / 2
+        middle = _next(low, high, tolerance, reached=reached)
         found = oracle.within(middle)
         if found is None:
-            low = middle
+            low, reached = middle, False
         else:
-            pieces, high = found, middle
+            pieces, high, reached = found, min(middle, max(oracle.seconds(found))), not reached
     return pieces, high
 
 
-def _rounds(oracle: Oracle, objective: Objective, limit: float, value: Callable[[Pieces], float]) -> list[Pieces]:
-    """max(Σ, m M) ≤ V exactly if the least sum with stages of at most V / m is no more than V: V is bisected."""
+def _next(low: float, high: float, tolerance: float, *, reached: bool) -> float:
+    """Halfway; or, near the end and `high` being what stages take, just below: if there is nothing, that is the end."""
+    if reached and high - low < _NEARLY * high:
+        return high * (1 - tolerance / 2)
+    return (low + high) / 2
+
+
+def _rounds(
+    oracle: Oracle,
+    objective: Objective,
+    value: Callable[[Pieces], float],
+    *,
+    limit: float,
+    total: float,
+    high: float,
+) -> list[Pieces]:
+    """max(Σ, m M) ≤ V exactly if the least sum with stages of at most V / m is no more than V: V is bisected.
+
+    `limit` is what the largest is at least and `total` what the sum is, with rounding to spare; `high` is to be beaten.
+    """
     count = objective.micro_batches
-    tight, loose = oracle.least_sum(limit), oracle.least_sum()
-    assert tight is not None
-    assert loose is not None
-    found = [tight[0], loose[0]]
-    low, high = max(loose[1], count * limit * (1 - 4 * TOLERANCE)), min(map(value, found))
+    found: list[Pieces] = []
+    low, middle, reached = max(total, count * limit * (1 - 4 * TOLERANCE)), high, False
+    # At first the question is whether there is anything better at all.
     while high - low > JOINED * high:
-        middle = (low + high) / 2
         least = oracle.least_sum(middle / count)
         if least is None or least[1] > middle * (1 + SLACK):
-            low = middle
+            low, reached = middle, False
         else:
             found.append(least[0])
-            high = middle
+            high, reached = min(middle, value(least[0])), not reached
+        middle = _next(low, high, JOINED, reached=reached)
     return found
 
 
-def _fill(oracle: Oracle, objective: Objective, limit: float, value: Callable[[Pieces], float]) -> list[Pieces]:
+def _fill(
+    oracle: Oracle,
+    objective: Objective,
+    value: Callable[[Pieces], float],
+    *,
+    limit: float,
+    total: float,
+    high: float,
+) -> list[Pieces]:
     """Intervals of limits are halved; one that cannot hold anything better is dropped.
 
     What has its largest stage in (low, high] has at least the least sum that `high` allows.
     """
     rest = objective.micro_batches - 1
-    loose = oracle.least_sum()
-    assert loose is not None
-    found, least_value = [loose[0]], value(loose[0])
-    intervals = [(limit, max(oracle.seconds(loose[0])), loose[1])] if rest else []
+    found: list[Pieces] = []
+    least_value = high
+    # No stage is longer than what is to be beaten allows.
+    intervals = [(limit, (high - total) / rest, total)]
     while intervals:
         low, high, bound = intervals.pop()
         if bound + rest * low >= least_value * (1 - JOINED):

@@ -1,0 +1,1 @@
+"""The numbers alone: stages for items in a row, whatever the items and the devices are."""
