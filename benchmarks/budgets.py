@@ -1,4 +1,4 @@
-"""Size against perplexity over a range of budgets, on the reference model: met, never exceeded, and the more the better.
+"""Perplexity against size over a range of budgets, on the reference model: none exceeded, and the more the better.
 
 python -m benchmarks.budgets --calib FILE --text FILE [--method gptq] [--budgets 80 85 92 98 105 120] [--plot curve.png]
 
@@ -95,7 +95,7 @@ def main() -> int:
     for point in points:
         print(
             f"budget {point.budget:6.1f} MB: {point.size:6.2f} MB, perplexity {point.relative:+.2%} "
-            f"[{point.low:+.2%}, {point.high:+.2%}], KL divergence {point.divergence:.4f} ({point.predicted:.4f} predicted)"
+            f"[{point.low:+.2%}, {point.high:+.2%}], KL divergence {point.divergence:.4f} of {point.predicted:.4f}"
         )
     if arguments.plot:
         draw(points, arguments.plot)

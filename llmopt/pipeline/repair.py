@@ -17,6 +17,7 @@ from llmopt.engine.ort import OrtEngine
 from llmopt.engine.segments import run_in_segments
 from llmopt.export.onnx.graph import GRAPH_FILE
 from llmopt.export.onnx.levels import in_float32
+from llmopt.export.onnx.together import together
 from llmopt.export.onnx.unrounded import ERRORS, rounding_products, unround, with_errors
 from llmopt.model.spec import ModelSpec
 from llmopt.pipeline.verify import Activations, Reference, Verification, compare, whole_sequence
@@ -95,10 +96,8 @@ def notes_on(activations: Activations | None) -> tuple[str, ...]:
 def layers_of(node: str, spec: ModelSpec) -> list[str]:
     """The linears that a product of the graph computes: itself, or all that read one input at once."""
     for block in spec.blocks:
-        for inputs, together in ((block.attention.inputs, "qkv_proj"), (block.mlp.inputs, "gate_up_proj")):
-            names = [linear.name for linear in inputs]
-            if node == f"{names[0].rpartition('.')[0]}.{together}":
-                return names
+        if node in together(block):
+            return [linear.name for linear in together(block)[node]]
     return [node]
 
 

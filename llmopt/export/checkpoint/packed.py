@@ -15,7 +15,7 @@ from llmopt.model.decode import decode
 from llmopt.model.spec import Linear
 from llmopt.model.stored import OpenFiles, StoredTensor
 from llmopt.quantize.int8 import CENTER
-from llmopt.quantize.pack import unpack_nibbles
+from llmopt.quantize.pack import unpack_bytes
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
@@ -112,8 +112,8 @@ def _unpacked(raw_RB: Tensor, scheme: Scheme, count: int) -> Tensor:
     """Rows of bytes as `count` codes each, from 0 up."""
     if scheme.activation_bits == 8:
         return (raw_RB.view(torch.int8).to(torch.int16) + CENTER).to(torch.uint8)
-    if scheme.bits == 4:
-        return torch.from_numpy(unpack_nibbles(raw_RB.numpy(), count))
+    if scheme.bits < 8:
+        return torch.from_numpy(unpack_bytes(raw_RB.numpy(), scheme.bits, count))
     return raw_RB[:, :count]
 
 

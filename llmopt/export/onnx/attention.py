@@ -8,6 +8,7 @@ from llmopt.export.onnx.graph import MICROSOFT, Graph
 from llmopt.export.onnx.linear import emit, emit_together
 from llmopt.export.onnx.norm import emit_norm
 from llmopt.export.onnx.positions import Positions
+from llmopt.export.onnx.together import queries_keys_values
 from llmopt.export.onnx.weights import Weights, product
 from llmopt.model.rotary import supported_length, tables
 from llmopt.model.spec import Attention, ModelSpec, Norm, Rotary
@@ -66,7 +67,7 @@ class AttentionWriter:
         onnxruntime norms inside the kernel on GPUs only.
         """
         products = [product(linear, weights) for linear in attention.inputs]
-        packed = emit_together(self.graph, x, f"{scope}.qkv_proj", products)
+        packed = emit_together(self.graph, x, queries_keys_values(attention), products)
         outside = attention.rotary if not inside else None
         if outside is None and attention.q_norm is None and attention.k_norm is None:
             return [packed, "", ""]

@@ -23,6 +23,7 @@ from llmopt.export.onnx.norm import emit_norm, emit_sum_and_norm
 from llmopt.export.onnx.one_token import add_short_ways
 from llmopt.export.onnx.positions import Positions
 from llmopt.export.onnx.stage import Stage
+from llmopt.export.onnx.together import gate_and_up
 from llmopt.export.onnx.weights import Weights, as_float, product
 from llmopt.model.spec import Block, Mlp, ModelSpec, Norm
 
@@ -100,7 +101,7 @@ class DecoderGraph:
     def _mlp(self, mlp: Mlp, x: str, weights: Weights) -> str:
         graph, scope = self.graph, mlp.down.name.rpartition(".")[0]
         products = [product(linear, weights) for linear in mlp.inputs]
-        outputs = emit_apart(graph, x, f"{scope}.gate_up_proj", products)
+        outputs = emit_apart(graph, x, gate_and_up(mlp), products)
         if mlp.gated and len(outputs) == 1:
             halves = [f"{scope}.split/gate", f"{scope}.split/up"]
             graph.node("Split", outputs, f"{scope}.split", outputs=halves, axis=-1, num_outputs=2)

@@ -56,8 +56,8 @@ def emit_together(graph: Graph, x: str, name: str, products: Sequence[Product]) 
 def emit_apart(graph: Graph, x: str, name: str, products: Sequence[Product]) -> list[str]:
     """Products of one input, each with an output of its own.
 
-    Weight-only ones of one scheme, all of one size, are one node, whose result is split: a token alone reads twice as much behind
-    one another, which takes less time than two nodes do. For integer products the split costs more than it gains.
+    Weight-only ones of one scheme, all of one size, are one node, whose result is split: for a token alone that reads
+    more behind one another, which takes less time than two nodes do. For integers the split costs more than it gains.
     """
     whole = stacked(name, products) if len(products) > 1 else None
     weight = None if whole is None else whole.weight

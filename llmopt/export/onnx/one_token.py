@@ -111,7 +111,7 @@ def _behind(end: NodeProto, x: str, made_by: dict[str, NodeProto]) -> list[NodeP
 
 def _shape_of_tokens(group: _Group) -> str:
     """The value [batch, tokens] that shapes in the group are made of."""
-    shape = next(node.input[1] for node in group.nodes if node.op_type == "Reshape")
+    shape: str = next(node.input[1] for node in group.nodes if node.op_type == "Reshape")
     return shape.rpartition("/")[0]
 
 

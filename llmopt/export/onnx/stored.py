@@ -2,8 +2,7 @@
 
 Names of tensors are those of products: `NAME.weight` [in, out] of a float one; `NAME.codes`, `.scales` and
 `.zero_points` in blocks, two 4-bit codes a byte; or `NAME.codes` int8 [in, out], `.scales` and `.sums` of an integer
-product. Queries, keys and values are one product, `qkv_proj`, where they are of one kind. Norms have their offset in
-them.
+product. Linears of one input may be one product; see `llmopt.export.onnx.together`. Norms have their offset in them.
 """
 
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ from torch import Tensor
 from llmopt.errors import ArtifactError, UnsupportedError
 from llmopt.export.checkpoint.packed import Ranges
 from llmopt.export.onnx.graph import GRAPH_FILE
+from llmopt.export.onnx.together import together
 from llmopt.model.spec import Linear, ModelSpec, Norm, TensorSpec
 from llmopt.model.stored import OpenFiles, StoredTensor
 from llmopt.model.turned import turned_spec
 from llmopt.quantize.int8 import CENTER
-from llmopt.quantize.pack import unpack_nibbles
+from llmopt.quantize.pack import unpack_bytes
 from llmopt.quantize.scheme import CHANNEL, GROUP_SIZES, Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
@@ -193,14 +193,14 @@ class GraphWeights:
         spec, embedding = self.spec, self.spec.embedding
         yield embedding.name, _Place(embedding.name, 0, embedding.vocab_size)
         for block in spec.blocks:
-            together = f"{block.attention.output.name.rpartition('.')[0]}.qkv_proj"
-            first = 0
-            for linear in block.attention.inputs:
-                whole = any(f"{together}.{part}" in self._stored for part in ("weight", "codes"))
-                start = first if whole else 0
-                yield linear.name, _Place(together if whole else linear.name, start, start + linear.out_features)
-                first += linear.out_features
-            for linear in (block.attention.output, *block.mlp.inputs, block.mlp.down):
+            for name, linears in together(block).items():
+                whole = any(f"{name}.{part}" in self._stored for part in ("weight", "codes"))
+                first = 0
+                for linear in linears:
+                    start = first if whole else 0
+                    yield linear.name, _Place(name if whole else linear.name, start, start + linear.out_features)
+                    first += linear.out_features
+            for linear in (block.attention.output, block.mlp.down):
                 yield linear.name, _Place(linear.name, 0, linear.out_features)
         for linear in (spec.head, *([] if spec.before_head is None else [spec.before_head])):
             yield linear.name, _Place(linear.tied_to or linear.name, 0, linear.out_features)
@@ -239,7 +239,7 @@ def _groups(columns: Ranges, size: int) -> Ranges:
 
 
 def _unpacked(raw_RB: Tensor, bits: int, count: int) -> Tensor:
-    return torch.from_numpy(unpack_nibbles(raw_RB.numpy(), count)) if bits == 4 else raw_RB[:, :count]
+    return torch.from_numpy(unpack_bytes(raw_RB.numpy(), bits, count)) if bits < 8 else raw_RB[:, :count]
 
 
 def _columns(values: Tensor, ranges: Ranges) -> Tensor:
