@@ -19,7 +19,8 @@ import numpy as np
 
 from llmopt.measure.host import usable_cores
 from llmopt.model.recurrent import RecurrentSpec, recurrent_spec
-from llmopt.partition.cluster import Cluster, Link, Speed, load_cluster
+from llmopt.partition.cluster import Cluster, load_cluster
+from llmopt.partition.device import Link, Speed
 from llmopt.partition.fixed import FixedOrder
 from llmopt.partition.joining import best
 from llmopt.partition.problem import Kind, Objective, Slot

@@ -69,7 +69,7 @@ class Machine:
             memory=prefix(costs.weight_bytes + costs.kv_bytes),
             capacity=group.device.usable_bytes - costs.activation_bytes,
             alone_s=float(self._mixed(metric, np.array(back_s / self.costs.cut.parts), np.array(back_s))),
-            alone_bytes=self.costs.tied_bytes / group.degree,
+            alone_bytes=costs.tied_bytes,
         )
 
     def _mixed(self, metric: Metric, prefill_s: Array, decode_s: Array) -> Array:
@@ -129,7 +129,7 @@ class Machine:
             inside = device.node == node
             hops = [self.hops_s(metric, device.node)[0 if inside else 1] for metric in ("ttft", "tpot")]
             prefill_hop_s, decode_hop_s = hops if number else (0.0, 0.0)
-            tied = self.costs.tied_bytes / piece.degree if len(pieces) == 1 else 0.0
+            tied = costs.tied_bytes if len(pieces) == 1 else 0.0
             back_s = self._back_s() if piece.stop == items and len(pieces) > 1 else 0.0
             yield Stage(
                 devices=tuple(one.name for one in devices[piece.slot : piece.slot + piece.degree]),

@@ -21,7 +21,7 @@ def explain(machine: Machine, devices: Sequence[Device], stages: Sequence[Stage]
             what = f"stage {number} needs {needed}, which has {room / _GB:.4g}"
             return BudgetError(what, hint=_fewer_blocks(stage, room))
     costs = machine.item_costs(machine.group(devices[0], 1))
-    weights, cache = float(costs.weight_bytes.sum()) - machine.costs.tied_bytes, float(costs.kv_bytes.sum())
+    weights, cache = float(costs.weight_bytes.sum()) - costs.tied_bytes, float(costs.kv_bytes.sum())
     room = sum(_room(machine, device) for device in devices)
     parts = f"{weights / _GB:.4g} GB of weights and {cache / _GB:.4g} GB of cache"
     if weights + cache > room:

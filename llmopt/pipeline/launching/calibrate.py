@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from statistics import geometric_mean
 
-from llmopt.partition.cluster import Cluster, DeviceClass
+from llmopt.partition.cluster import Cluster
+from llmopt.partition.device import DeviceClass
 from llmopt.partition.plan import Plan
 from llmopt.pipeline.launching.plans import cluster_of, device_of
 from llmopt.pipeline.launching.result import LaunchResult, StageResult

@@ -1,8 +1,7 @@
 """`llmopt probe`: every rank of this machine measured, alone and with the others, and the links between them."""
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +15,8 @@ from llmopt.measure.host import describe_host, usable_cores
 from llmopt.measure.memory import available_bytes, resident_bytes
 from llmopt.partition.runtime.layout import Layout, StageLayout
 from llmopt.pipeline.launching.supervise import run_processes
-from llmopt.pipeline.probing.compute import Compute, measure_compute
+from llmopt.pipeline.launching.warm import warm_up
+from llmopt.pipeline.probing.compute import Compute, measure_compute, streaming_s
 from llmopt.pipeline.probing.links import Link, measure_messages, measure_sums
 from llmopt.progress import Progress
 
@@ -32,14 +32,14 @@ class ProbeRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProbe:
-    """One rank's share of the machine. `together` is what it does while all others do the same."""
+    """One rank's share of the machine: what it does alone, and what its memory keeps of that beside the others."""
 
     name: str
     is_gpu: bool
     memory_bytes: int
     process_bytes: int
-    alone: Compute
-    together: Compute
+    compute: Compute
+    shared: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ _PROBE = TypeAdapter(Probe)
 
 
 def probe(request: ProbeRequest, progress: Progress) -> Probe:
-    """Measure this machine; takes some ten seconds.
+    """Measure this machine; takes some half a minute.
 
     Raises:
         UsageError: there are fewer cores or GPUs than ranks.
@@ -77,23 +77,23 @@ def probe(request: ProbeRequest, progress: Progress) -> Probe:
 
 def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
     """What one rank does of it; the first writes what was found."""
+    warm_up(device)
     process_bytes = resident_bytes()
-    if rank == 0:
-        alone = measure_compute(device)
+    compute, alone_s = (measure_compute(device), streaming_s(device)) if rank == 0 else (None, 0.0)
     dist.barrier()
-    together = measure_compute(device)
+    together_s = streaming_s(device) if ranks > 1 else alone_s
     dist.barrier()
     messages, sums = (measure_messages(rank, device), measure_sums(device)) if ranks > 1 else (None, None)
-    if rank == 0:
+    if compute is not None:
         found = DeviceProbe(
             name=_name(device),
             is_gpu=device.type == "cuda",
             memory_bytes=_memory_bytes(device, ranks),
             process_bytes=process_bytes,
-            alone=alone,
-            together=together,
+            compute=compute,
+            shared=min(1.0, alone_s / together_s),
         )
-        path.write_text(json.dumps(asdict(Probe(ranks=ranks, device=found, messages=messages, sums=sums))))
+        path.write_bytes(_PROBE.dump_json(Probe(ranks=ranks, device=found, messages=messages, sums=sums)))
 
 
 def _name(device: torch.device) -> str:
