@@ -17,7 +17,7 @@ from llmopt.model.storage import stored_bytes
 from llmopt.partition.device import DeviceClass, Link, Speed
 from llmopt.partition.plan import Workload
 from llmopt.partition.problem import Array
-from llmopt.partition.work import Product, attention_s, passing_bytes, passing_s, product_s, share_of
+from llmopt.partition.work import MASK_BYTES, Product, attention_s, passing_bytes, passing_s, product_s, share_of
 from llmopt.quantize.scheme import Scheme, parse_scheme
 
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -267,14 +267,18 @@ class Costs:
         return float(tokens * self.spec.hidden_size * self.precision.value_bytes)
 
     def _activation_bytes(self, degree: int) -> float:
-        """At the widest place of a block: its input twice, and what its products give; or the logits."""
-        tokens = self.cut.batch * self._chunk
+        """At the widest place of a block, its input thrice, what its products give, and that side by side; the mask.
+
+        Or the logits.
+        """
+        tokens, values = self.cut.batch * self._chunk, self.precision.value_bytes
         widest = max(
             max(sum(one.out_features for one in branch) for branch in (block.attention.inputs, block.mlp.inputs))
             for block in self.spec.blocks
         )
-        inside = tokens * (2 * self.spec.hidden_size + 1.5 * widest / degree) * self.precision.value_bytes
-        return max(inside, self.cut.batch * self.spec.vocab_size * _LOGIT_BYTES / degree)
+        inside = tokens * (3 * self.spec.hidden_size + 2 * widest / degree) * values
+        mask = self._chunk * self.workload.prompt * MASK_BYTES
+        return max(inside + mask, self.cut.batch * self.spec.vocab_size * _LOGIT_BYTES / degree)
 
 
 _Item = tuple[float, float, float, float]  # seconds of a prefill and of a token, bytes of weights and cache

@@ -11,7 +11,7 @@ from llmopt.model.spec import Block, Linear
 from llmopt.partition.device import DeviceClass, Speed
 
 _GIGA, _TERA, _MICRO, _NANO = 1e9, 1e12, 1e-6, 1e-9
-_MASK_BYTES = 24  # of a token and one that it may see: their distance, the comparison, a float
+MASK_BYTES = 24  # of a token and one that it may see: their distance, the comparison, a float
 
 # Reads and writes of a value: a norm squares, averages, scales and weighs; a rotation takes four products of halves,
 # two sums and a concatenation; queries, keys and values are concatenated and cut; an MLP's inputs too, then activated.
@@ -81,4 +81,4 @@ def passing_bytes(block: Block, tokens: int, pairs: float, value_bytes: int, deg
     inner = sum(one.out_features for one in mlp.inputs)
     whole = hidden * (_NORM * norms + 2 * _SUM)
     shared = _TURN * turned * (attention.rotary is not None) + 2 * _JOIN * mixed + (_JOIN + _ACTIVATE / 2) * inner
-    return tokens * (whole + shared / degree) * value_bytes + pairs * _MASK_BYTES
+    return tokens * (whole + shared / degree) * value_bytes + pairs * MASK_BYTES

@@ -53,6 +53,6 @@ class Int8Product:
         low, high = -ends[..., :1].clamp_min(0), ends[..., 1:].clamp_min(SMALLEST_TOP)
         step = (low - high) * (-1 / TOP)
         zero = (low / (low - high) / (1 / TOP)).round()
-        codes = ((x / step).round_() + zero).clamp_(0, TOP)
+        codes = (x / step).round_().add_(zero).clamp_(0, TOP)
         sums: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(codes, 1.0, 0, self._packed)
-        return (sums - zero * self._sums_O) * step * self._scales_O
+        return sums.addcmul_(zero, self._sums_O, value=-1).mul_(step).mul_(self._scales_O)

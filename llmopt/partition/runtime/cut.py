@@ -13,7 +13,7 @@ from torch import Tensor
 from llmopt.model.checkpoint import Tensors
 from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 
-_READ_AT_ONCE = 1 << 24  # values of which a rank keeps some columns
+_READ_AT_ONCE = 1 << 20  # values of which a rank keeps some columns
 
 Range = tuple[int, int]
 

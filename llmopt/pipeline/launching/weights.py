@@ -13,8 +13,10 @@ from torch import Tensor
 from llmopt.engine.blocks import Apply, Weights, plain
 from llmopt.engine.torch import Tensors
 from llmopt.errors import UnsupportedError
+from llmopt.measure.memory import give_back
 from llmopt.model.spec import Linear, ModelSpec, TensorSpec
 from llmopt.partition.runtime.cut import Cut
+from llmopt.quantize.by_rows import round_in_place, rounded
 from llmopt.quantize.execute import quantized_apply
 from llmopt.quantize.int8_torch import Int8Product, available
 from llmopt.quantize.rtn import Rtn
@@ -85,6 +87,8 @@ def read_weights(
                     found.writers.add(linear.name)
             else:
                 found.floats[name] = placed(weight)
+            del weight
+            give_back()  # what rounding took
     return found
 
 
@@ -159,10 +163,10 @@ def _quantized(cut: Cut, linear: Linear, scheme: Scheme, read: Read) -> Tensor |
     """
     by_inputs = _by_inputs(cut, linear)
     stored = read(Cut(cut.tensor)) if by_inputs else read(cut)
-    weight = Rtn().quantize(_as_product(stored, linear), scheme)
     if scheme.activation_bits == 8:
+        weight = rounded(_as_product(stored, linear), scheme)
         return _some_columns(weight, cut.ranges) if by_inputs else weight
-    floats = _as_product(weight.dequantize(), linear)
+    floats = _as_product(round_in_place(_as_product(stored, linear), scheme), linear)
     return cut.take(floats) if by_inputs else floats
 
 
