@@ -76,7 +76,9 @@ def made_model(folder: Path, sizes: dict[str, Any]) -> str:
         (folder / "config.json").write_text(json.dumps(config | sizes))
         draw = torch.Generator().manual_seed(0)
         tensors = {
-            tensor.name: torch.ones(tensor.shape) if len(tensor.shape) == 1 else 0.02 * torch.randn(tensor.shape, generator=draw)
+            tensor.name: torch.ones(tensor.shape)
+            if len(tensor.shape) == 1
+            else 0.02 * torch.randn(tensor.shape, generator=draw)
             for tensor in spec_from_config(config | sizes).tensors()
         }
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -128,13 +130,19 @@ def numbers(result: LaunchResult) -> dict[str, Any]:
     }
 
 
-def one_pass(only: str, schemes: Sequence[str | None], folder: Path, cluster: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def one_pass(
+    only: str, schemes: Sequence[str | None], folder: Path, cluster: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every pair that is asked for, run once."""
     for pair in PAIRS:
         for scheme in schemes:
             name = f"{pair.model}, {scheme or 'float32'}: {pair.asked}"
             if only in name:
-                model = str(reference_model()) if pair.model == "reference" else made_model(folder / pair.model, MADE[pair.model])
+                model = (
+                    str(reference_model())
+                    if pair.model == "reference"
+                    else made_model(folder / pair.model, MADE[pair.model])
+                )
                 yield name, numbers(run(pair, scheme, model, cluster))
 
 

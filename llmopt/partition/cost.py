@@ -17,7 +17,7 @@ from llmopt.model.storage import stored_bytes
 from llmopt.partition.device import DeviceClass, Link, Speed
 from llmopt.partition.plan import Workload
 from llmopt.partition.problem import Array
-from llmopt.partition.work import MASK_BYTES, Product, attention_s, passing_bytes, passing_s, product_s, share_of
+from llmopt.partition.work import Product, activation_bytes, attention_s, passing_bytes, passing_s, product_s, share_of
 from llmopt.quantize.scheme import Scheme, parse_scheme
 
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -149,7 +149,7 @@ class Costs:
             decode_s=rows[:, 1],
             weight_bytes=rows[:, 2],
             kv_bytes=rows[:, 3],
-            activation_bytes=self._activation_bytes(group.degree),
+            activation_bytes=self._activation_bytes(group),
             tied_bytes=self._weight_bytes(self.spec.head, group) / group.degree if self.spec.tied else 0.0,
         )
 
@@ -266,19 +266,16 @@ class Costs:
     def _hidden_bytes(self, tokens: int) -> float:
         return float(tokens * self.spec.hidden_size * self.precision.value_bytes)
 
-    def _activation_bytes(self, degree: int) -> float:
-        """At the widest place of a block, its input thrice, what its products give, and that side by side; the mask.
-
-        Or the logits.
-        """
-        tokens, values = self.cut.batch * self._chunk, self.precision.value_bytes
-        widest = max(
-            max(sum(one.out_features for one in branch) for branch in (block.attention.inputs, block.mlp.inputs))
-            for block in self.spec.blocks
-        )
-        inside = tokens * (3 * self.spec.hidden_size + 2 * widest / degree) * values
-        mask = self._chunk * self.workload.prompt * MASK_BYTES
-        return max(inside + mask, self.cut.batch * self.spec.vocab_size * _LOGIT_BYTES / degree)
+    def _activation_bytes(self, group: Group) -> float:
+        """At the widest place of a block, or the logits; and what the allocator keeps beside."""
+        tokens, pairs = self.cut.batch * self._chunk, self._chunk * self.workload.prompt
+        value, degree = self.precision.value_bytes, group.degree
+        shapes = {self._signature(block): block for block in self.spec.blocks}
+        inside = max(activation_bytes(block, tokens, pairs, value, degree) for block in shapes.values())
+        logits = self.cut.batch * self.spec.vocab_size * _LOGIT_BYTES / degree
+        schemes = {None, *self.precision.schemes.values()}
+        scratch = max(speed_of(group, scheme, self.precision.dtype).scratch_mb for scheme in schemes)
+        return max(inside, logits) + scratch * 1e6
 
 
 _Item = tuple[float, float, float, float]  # seconds of a prefill and of a token, bytes of weights and cache

@@ -52,6 +52,8 @@ class Speed(Section):
     """10⁹ bytes a second of what goes in and comes out, beside the operations. null: while they go on."""
     call_us: NotNegative = 0.0
     """Microseconds that a product takes whatever its size."""
+    scratch_mb: NotNegative = 0.0
+    """10⁶ bytes that a process holds for it beside weights, cache and activations."""
 
     @property
     def flops(self) -> float:

@@ -82,3 +82,11 @@ def passing_bytes(block: Block, tokens: int, pairs: float, value_bytes: int, deg
     whole = hidden * (_NORM * norms + 2 * _SUM)
     shared = _TURN * turned * (attention.rotary is not None) + 2 * _JOIN * mixed + (_JOIN + _ACTIVATE / 2) * inner
     return tokens * (whole + shared / degree) * value_bytes + pairs * MASK_BYTES
+
+
+def activation_bytes(block: Block, tokens: int, pairs: float, value_bytes: int, degree: int = 1) -> float:
+    """What is there at once at the widest place of a block: its input thrice, what products give, and that side by side
+    or multiplied; the mask.
+    """
+    widest = max(sum(one.out_features for one in branch) for branch in (block.attention.inputs, block.mlp.inputs))
+    return tokens * (3 * block.attention.output.out_features + 2 * widest / degree) * value_bytes + pairs * MASK_BYTES

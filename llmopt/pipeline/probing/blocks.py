@@ -6,10 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt.engine.blocks import KvCache, block_forward
+from llmopt.engine.blocks import KvCache, Turn, block_forward, plain
+from llmopt.measure.memory import give_back, resident_bytes
 from llmopt.model.spec import Attention, Block, Linear, Mlp, Norm, Rotary
-from llmopt.partition.work import Product
+from llmopt.partition.work import Product, activation_bytes
 from llmopt.pipeline.probing.timing import median_s
+from llmopt.quantize.by_rows import rounded
+from llmopt.quantize.int8_torch import Int8Product
+from llmopt.quantize.scheme import parse_scheme
 
 _CAPACITY = 520
 _HEAD = 64
@@ -30,25 +34,21 @@ SIZES = (Size(width=512, heads=8, kv_heads=4, inner=1536), Size(width=1024, head
 
 
 class Stack:
-    """Blocks of one size, with more weights than caches hold."""
+    """Blocks of one size in float32, with more weights than caches hold."""
 
     def __init__(self, size: Size, device: torch.device, beyond_bytes: int) -> None:
         self.block = made_block(size)
         self._device, self._size = device, size
         one_bytes = sum(_FLOAT_BYTES * tensor.count for tensor in self.block.tensors())
         self._weights = [self._drawn() for _ in range(beyond_bytes // one_bytes + 1)]
-        room = (1, size.kv_heads, _CAPACITY, _HEAD)
-        self._caches = [
-            KvCache(torch.zeros(room, device=device), torch.zeros(room, device=device)) for _ in self._weights
-        ]
+        self._caches = [made_cache(size, device) for _ in self._weights]
 
     def _drawn(self) -> dict[str, Tensor]:
         return {tensor.name: torch.full(tensor.shape, 0.01, device=self._device) for tensor in self.block.tensors()}
 
     def seconds(self, tokens: int, before: int) -> float:
         """Of one block, for new tokens of one sequence that has some already."""
-        hidden_BTH = torch.ones(1, tokens, self._size.width, device=self._device)
-        turn = torch.ones(tokens, _HEAD // 2, device=self._device), torch.zeros(tokens, _HEAD // 2, device=self._device)
+        hidden_BTH, turn = made_inputs(self._size, tokens, self._device)
 
         def step() -> None:
             states_BTH = hidden_BTH
@@ -57,6 +57,40 @@ class Stack:
                 states_BTH = block_forward(self.block, weights, states_BTH, turn, cache=cache)
 
         return median_s(step, self._device) / len(self._weights)
+
+
+def scratch_bytes(kind: str, tokens: int = 256) -> float:
+    """What a process comes to hold beside weights, cache and activations while a block multiplies in a kind."""
+    size, device = SIZES[-1], torch.device("cpu")
+    block = made_block(size)
+    weights = {tensor.name: torch.full(tensor.shape, 0.01) for tensor in block.tensors()}
+    apply = plain(weights)
+    if kind == "w8a8":
+        products = {
+            one.name: Int8Product(rounded(weights[one.weight.name], parse_scheme(kind))) for one in block.linears()
+        }
+        apply = lambda linear, x: products[linear.name](x)  # noqa: E731 (as short as it is)
+    hidden_BTH, turn = made_inputs(size, tokens, device)
+    give_back()
+    before = resident_bytes()
+    for _ in range(3):
+        cache = made_cache(size, device)
+        block_forward(block, weights, hidden_BTH, turn, apply=apply, cache=cache)
+    counted = activation_bytes(block, tokens, tokens**2, _FLOAT_BYTES)
+    counted += 2 * block.attention.kv_size * tokens * _FLOAT_BYTES
+    return max(0.0, resident_bytes() - before - counted)
+
+
+def made_cache(size: Size, device: torch.device) -> KvCache:
+    """An empty one."""
+    room = (1, size.kv_heads, _CAPACITY, _HEAD)
+    return KvCache(torch.zeros(room, device=device), torch.zeros(room, device=device))
+
+
+def made_inputs(size: Size, tokens: int, device: torch.device) -> tuple[Tensor, Turn]:
+    """Hidden states of one sequence, and no rotation."""
+    hidden_BTH = torch.ones(1, tokens, size.width, device=device)
+    return hidden_BTH, (torch.ones(tokens, _HEAD // 2, device=device), torch.zeros(tokens, _HEAD // 2, device=device))
 
 
 def made_block(size: Size) -> Block:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmopt.partition.device import Attending, Speed
 from llmopt.partition.work import passing_bytes, product_s
-from llmopt.pipeline.probing.blocks import SIZES, Stack, products_of
+from llmopt.pipeline.probing.blocks import SIZES, Stack, products_of, scratch_bytes
 from llmopt.pipeline.probing.fit import fitted, per_second
 from llmopt.pipeline.probing.timing import median_s
 from llmopt.quantize.int8 import quantize_rows
@@ -65,7 +65,12 @@ def kinds(device: torch.device) -> tuple[str, ...]:
 def measure_compute(device: torch.device) -> Compute:
     """Measure a device; takes some seconds for each kind."""
     with torch.inference_mode():
-        speeds = {kind: _speed(list(_timed(kind, device)), kind) for kind in kinds(device)}
+        # Memory first, while the process has no other use for it.
+        scratch = {kind: scratch_bytes(kind) if device.type == "cpu" else 0.0 for kind in kinds(device)}
+        speeds = {
+            kind: _speed(list(_timed(kind, device)), kind).model_copy(update={"scratch_mb": scratch[kind] / 1e6})
+            for kind in kinds(device)
+        }
         return Compute(speeds=speeds, rest=_rest(speeds["float32"], device))
 
 
