@@ -128,9 +128,10 @@ class Machine:
             part = slice(piece.first, piece.stop)
             inside = device.node == node
             hops = [self.hops_s(metric, device.node)[0 if inside else 1] for metric in ("ttft", "tpot")]
-            prefill_hop_s, decode_hop_s = hops if number else (0.0, 0.0)
-            tied = costs.tied_bytes if len(pieces) == 1 else 0.0
             back_s = self._back_s() if piece.stop == items and len(pieces) > 1 else 0.0
+            prefill_hop_s, decode_hop_s = hops if number else (0.0, 0.0)
+            prefill_hop_s, decode_hop_s = prefill_hop_s + back_s / self.costs.cut.parts, decode_hop_s + back_s
+            tied = costs.tied_bytes if len(pieces) == 1 else 0.0
             yield Stage(
                 devices=tuple(one.name for one in devices[piece.slot : piece.slot + piece.degree]),
                 tp=piece.degree,
@@ -140,8 +141,10 @@ class Machine:
                 weight_bytes=round(float(costs.weight_bytes[part].sum()) - tied),
                 kv_bytes=round(float(costs.kv_bytes[part].sum())),
                 activation_bytes=round(costs.activation_bytes),
-                prefill_ms=_MS * (float(costs.prefill_s[part].sum()) + prefill_hop_s + back_s / self.costs.cut.parts),
-                decode_ms=_MS * (float(costs.decode_s[part].sum()) + decode_hop_s + back_s),
+                prefill_ms=_MS * (float(costs.prefill_s[part].sum()) + prefill_hop_s),
+                decode_ms=_MS * (float(costs.decode_s[part].sum()) + decode_hop_s),
+                prefill_hop_ms=_MS * prefill_hop_s,
+                decode_hop_ms=_MS * decode_hop_s,
             )
             node = device.node
 
