@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from llmopt.cli.probe import probe
 from llmopt.model.families import spec_from_config
-from llmopt.model.source import open_source
 from llmopt.partition.plan import read_plan
 from llmopt.pipeline.launching.calibrate import calibrated
 from llmopt.pipeline.launching.launch import LaunchRequest, launch

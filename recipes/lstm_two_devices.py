@@ -39,7 +39,7 @@ PATIENCE_S = 300
 
 
 def item_seconds(spec: RecurrentSpec, device: DeviceClass, tokens: int, keeps: float) -> list[float]:
-    """The embedding, every layer, and the head, for one micro-batch; `keeps` is what is left of the memory's speed.
+    """The embedding, every layer, and the head, for one micro-batch; `keeps` is what is left of the speed.
 
     What reads the inputs is one product for all tokens; what reads the layer's own outputs is one for each token.
     """
@@ -47,14 +47,15 @@ def item_seconds(spec: RecurrentSpec, device: DeviceClass, tokens: int, keeps: f
     def seconds(rows: int, many: int) -> float:
         size = rows * spec.width * FLOAT_BYTES
         one = Product(rows=rows, columns=spec.width, weight_bytes=size, tokens=many, value_bytes=FLOAT_BYTES)
-        return product_s(one, device.speeds[DTYPE], keeps)
+        return product_s(one, device.speeds[DTYPE])
 
     gates = 4 * spec.width
     inputs_s, outputs_s = seconds(gates, SEQUENCES * tokens), tokens * seconds(gates, SEQUENCES)
     passing = SEQUENCES * tokens * gates * FLOAT_BYTES * GATE_PASSES
-    between_s = passing_s(passing, device.passing_gb_per_s, keeps) + tokens * device.launch_s / 2
+    between_s = passing_s(passing, device.passing_gb_per_s) + tokens * device.launch_s / 2
     head_s = seconds(spec.vocab_size, SEQUENCES) * tokens / TOKENS
-    return [0.0, *[inputs_s + outputs_s + between_s] * spec.layers, head_s]
+    layer_s = (inputs_s + outputs_s + between_s) / keeps
+    return [0.0, *[layer_s] * spec.layers, head_s / keeps]
 
 
 def predicted_s(

@@ -30,8 +30,8 @@ def probe(
 ) -> None:
     """Measure this machine for a cluster file.
 
-    Memory; products and the rest of a block at several sizes; what a rank keeps of its memory's speed while all others
-    use theirs; messages and sums between ranks. Takes well under a minute.
+    Memory; products and the rest of a block at several sizes; what a rank keeps of its speed while all others work, or
+    in turns; messages and sums between ranks. Takes well under a minute.
 
     Example: llmopt probe -o cluster.yaml
     """
@@ -66,7 +66,9 @@ def _table(found: "Probe") -> "Table":
     rest = device.compute.rest
     table.add_row("a block's own", f"{1e6 * rest.launch_s:.4g} µs")
     table.add_row("attention", f"{1e3 * rest.attention.tflops:.4g} GFLOP/s, {rest.attention.gb_per_s:.4g} GB/s")
-    table.add_row("kept of the memory's speed, all at once", f"{100 * device.shared:.3g} %")
+    alone, others = device.alone, device.together
+    kept = alone.many_s / others.many_s, alone.token_s / others.token_s, alone.token_s / others.turn_s
+    table.add_row("kept beside others: many tokens, one, in turns", ", ".join(f"{100 * one:.3g} %" for one in kept))
     table.add_row("memory of a rank", f"{device.memory_bytes / 1e9:.4g} GB")
     for name, link in (("messages", found.messages), ("sums", found.sums)):
         if link is not None:

@@ -3,7 +3,7 @@
 The parts are the blocks, the first with the embedding, and the head with the final norm; `llmopt.partition.work` says
 what they take on a device, and a block also takes what its launch takes. Tensor parallelism divides products by heads,
 channels and vocabulary, and adds two all-reduces a block, as a ring: 2 (t - 1) messages of a t-th (Thakur et al. 2005).
-Devices that work at the same time, as the ranks of a stage and full pipelines do, may share the memory's speed.
+Devices that work at the same time, as the ranks of a stage and full pipelines do, may have memory and caches in common.
 """
 
 from collections.abc import Mapping, Sequence
@@ -90,7 +90,8 @@ class Group:
 class ItemCosts:
     """One number for each part on one device of a group, [items]; `activation_bytes` is there once a stage.
 
-    `tied_bytes` is what a plan of one stage saves, where the head reads the embedding's table.
+    `tied_bytes` is what a plan of one stage saves, where the head reads the embedding's table, and `awake` the part of
+    the time that its tokens take, since it never waits.
     """
 
     prefill_s: Array
@@ -99,6 +100,7 @@ class ItemCosts:
     kv_bytes: Array
     activation_bytes: float
     tied_bytes: float
+    awake: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +152,7 @@ class Costs:
             weight_bytes=rows[:, 2],
             kv_bytes=rows[:, 3],
             activation_bytes=self._activation_bytes(group),
+            awake=self._decode.keeps(group) if self.cut.groups == 1 and group.degree == 1 else 1.0,
             tied_bytes=self._weight_bytes(self.spec.head, group) / group.degree if self.spec.tied else 0.0,
         )
 
@@ -189,7 +192,7 @@ class Costs:
 
         The mask hides, and saves nothing: a token is compared with all that are in the cache.
         """
-        attention, device, keeps = block.attention, group.device, step.keeps(group)
+        attention, device = block.attention, group.device
         seen = step.seen if attention.window is None else min(step.seen, attention.window + step.tokens - 1)
         pairs = step.tokens * seen
         writers = (attention.output, block.mlp.down)
@@ -197,13 +200,14 @@ class Costs:
         products = sum(self._product_s(one, group, step, writes=one in writers) for one in block.linears())
         flops = 4 * attention.q_size * pairs * step.sequences / group.degree
         read = 2 * attention.kv_size * seen * step.sequences * value / group.degree
-        attending = attention_s(flops, read, device, speed_of(group, None, self.precision.dtype), keeps)
+        attending = attention_s(flops, read, device, speed_of(group, None, self.precision.dtype))
         moved = passing_bytes(block, step.all_tokens, pairs, value, group.degree)
         sums = 2 * group.all_reduce_s(self._hidden_bytes(step.all_tokens))
         rounded = [one for one in writers if self._rounds(one)]
         # The ranks agree on the range of each token of what is cut by inputs.
         sums += len(rounded) * group.all_reduce_s(2 * _RANGE_BYTES * step.all_tokens)
-        return device.launch_s + products + attending + passing_s(moved, device.passing_gb_per_s, keeps) + sums
+        passing = passing_s(moved, device.passing_gb_per_s)
+        return (device.launch_s + products + attending + passing) / step.keeps(group) + sums
 
     def _rounds(self, linear: Linear) -> bool:
         scheme = self.precision.schemes.get(linear.name)
@@ -221,7 +225,7 @@ class Costs:
         batch, before = self.cut.batch, self.spec.before_head
         linears = [self.spec.head] if before is None else [before, self.spec.head]
         step = _Step(sequences=batch, tokens=1, seen=0.0, together=self.cut.groups > 1)
-        seconds = sum(self._product_s(one, group, step) for one in linears)
+        seconds = sum(self._product_s(one, group, step) for one in linears) / step.keeps(group)
         # Each rank finds the likeliest token of its rows; a value and an index for each sequence are compared.
         seconds += group.all_reduce_s(2 * _LOGIT_BYTES * batch)
         weights = sum(self._weight_bytes(one, group) for one in linears) / group.degree
@@ -239,7 +243,7 @@ class Costs:
             tokens=step.all_tokens,
             value_bytes=self.precision.value_bytes,
         )
-        return product_s(product, speed, step.keeps(group))
+        return product_s(product, speed)
 
     def _kv_bytes(self, block: Block) -> float:
         context, window = self.workload.context, block.attention.window
@@ -295,8 +299,10 @@ class _Step:
         return self.sequences * self.tokens
 
     def keeps(self, group: Group) -> float:
-        """What the memory's speed comes to."""
-        return group.device.shared if self.together or group.degree > 1 else 1.0
+        """What the device's speed comes to."""
+        if not self.together and group.degree == 1:
+            return group.device.waking if self.all_tokens == self.sequences else 1.0
+        return group.device.shared if self.all_tokens > 1 else group.device.shared_token
 
 
 def _computes(device: DeviceClass, scheme: Scheme | None) -> bool:

@@ -34,6 +34,7 @@ def _known_kind(name: str) -> str:
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(gt=0, le=1)]
 Kind = Annotated[str, AfterValidator(_known_kind)]
 
 
@@ -103,8 +104,12 @@ class DeviceClass(Section):
     """null: as fast as products of the dtype."""
     passing_gb_per_s: Positive | None = None
     """10⁹ bytes a second through norms, rotations, activations and sums. null: they take nothing."""
-    shared: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    """What a device keeps of its memory's speed while all of its machine use theirs. 1: each has its own."""
+    shared: Share = 1.0
+    """What a device keeps of its speed with many tokens while all of its machine work, who share caches and memory."""
+    shared_token: Share = 1.0
+    """The same with one token."""
+    waking: Share = 1.0
+    """What it keeps with one token where it waits for other stages between: a core that sleeps wakes slowly."""
     expands: bool = False
     """Whether weights of schemes without a speed become floats in memory."""
     price_per_hour: NotNegative | None = None

@@ -47,28 +47,28 @@ def share_of(linear: Linear, weight_bytes: float, degree: int, *, writes: bool) 
     )
 
 
-def product_s(product: Product, speed: Speed, keeps: float = 1.0) -> float:
-    """Seconds of a product on a device that keeps so much of its memory's speed."""
-    reading_s = product.weight_bytes / (speed.bytes_per_s * keeps) + product.rows * speed.row_ns * _NANO
+def product_s(product: Product, speed: Speed) -> float:
+    """Seconds of a product."""
+    reading_s = product.weight_bytes / speed.bytes_per_s + product.rows * speed.row_ns * _NANO
     computing_s = product.flops / speed.flops
     call_s = speed.call_us * _MICRO
     if product.tokens == 1 or speed.packing_gb_per_s is None:
         return call_s + max(computing_s, reading_s)
-    packing_s = product.weight_bytes / (speed.packing_gb_per_s * _GIGA * keeps)
-    return call_s + packing_s + computing_s + passing_s(product.passing_bytes, speed.passing_gb_per_s, keeps)
+    packing_s = product.weight_bytes / (speed.packing_gb_per_s * _GIGA)
+    return call_s + packing_s + computing_s + passing_s(product.passing_bytes, speed.passing_gb_per_s)
 
 
-def attention_s(flops: float, read_bytes: float, device: DeviceClass, speed: Speed, keeps: float = 1.0) -> float:
+def attention_s(flops: float, read_bytes: float, device: DeviceClass, speed: Speed) -> float:
     """Seconds of two products with the cache, which is read once; `speed` is that of the dtype."""
     known = device.attention
     flops_per_s = speed.flops if known is None else known.tflops * _TERA
     bytes_per_s = speed.bytes_per_s if known is None else known.gb_per_s * _GIGA
-    return max(flops / flops_per_s, read_bytes / (bytes_per_s * keeps))
+    return max(flops / flops_per_s, read_bytes / bytes_per_s)
 
 
-def passing_s(size_bytes: float, gb_per_s: float | None, keeps: float = 1.0) -> float:
+def passing_s(size_bytes: float, gb_per_s: float | None) -> float:
     """Seconds of values that are read and written; nothing where it is not known."""
-    return 0.0 if gb_per_s is None else size_bytes / (gb_per_s * _GIGA * keeps)
+    return 0.0 if gb_per_s is None else size_bytes / (gb_per_s * _GIGA)
 
 
 def passing_bytes(block: Block, tokens: int, pairs: float, value_bytes: int, degree: int = 1) -> float:

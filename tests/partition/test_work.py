@@ -28,11 +28,9 @@ def test_several_tokens_wait_for_weights_to_be_packed_and_for_values_to_pass():
     assert product_s(product(64), FULL) == pytest.approx(expected)
 
 
-def test_a_shared_memory_slows_what_moves_and_not_what_computes():
-    alone, together = (product_s(product(64), FULL, keeps) for keeps in (1.0, 0.5))
-    assert together - alone == pytest.approx(2e6 / 5e9 + 64 * 1500 * 4 / 8e9)
+def test_what_is_not_known_takes_nothing():
     assert passing_s(1e9, None) == 0
-    assert passing_s(1e9, 2.0, 0.5) == pytest.approx(1)
+    assert passing_s(1e9, 2.0) == pytest.approx(0.5)
 
 
 def test_attention_has_a_speed_of_its_own_where_one_was_measured():

@@ -1,6 +1,6 @@
 """Blocks of made sizes, run as a stage runs them: what they take beside their products is read off the difference."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from llmopt.engine.blocks import KvCache, Turn, block_forward, plain
 from llmopt.measure.memory import give_back, resident_bytes
 from llmopt.model.spec import Attention, Block, Linear, Mlp, Norm, Rotary
 from llmopt.partition.work import Product, activation_bytes
-from llmopt.pipeline.probing.timing import median_s
+from llmopt.pipeline.probing.timing import mean_s
 from llmopt.quantize.by_rows import rounded
 from llmopt.quantize.int8_torch import Int8Product
 from llmopt.quantize.scheme import parse_scheme
@@ -46,8 +46,17 @@ class Stack:
     def _drawn(self) -> dict[str, Tensor]:
         return {tensor.name: torch.full(tensor.shape, 0.01, device=self._device) for tensor in self.block.tensors()}
 
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return len(self._weights)
+
     def seconds(self, tokens: int, before: int) -> float:
         """Of one block, for new tokens of one sequence that has some already."""
+        return mean_s(self.work(tokens, before), self._device) / self.blocks
+
+    def work(self, tokens: int, before: int) -> Callable[[], None]:
+        """All blocks, one behind the other."""
         hidden_BTH, turn = made_inputs(self._size, tokens, self._device)
 
         def step() -> None:
@@ -56,7 +65,7 @@ class Stack:
                 cache.length = before
                 states_BTH = block_forward(self.block, weights, states_BTH, turn, cache=cache)
 
-        return median_s(step, self._device) / len(self._weights)
+        return step
 
 
 def scratch_bytes(kind: str, tokens: int = 256) -> float:

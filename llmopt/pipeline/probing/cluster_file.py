@@ -19,7 +19,7 @@ _COMMENT = "# Measured by llmopt probe. Edit what you know better; llmopt partit
 def cluster(probe: Probe) -> Cluster:
     """One class of devices, as many as there are ranks.
 
-    Speeds are those of a rank alone; `shared` says what its memory keeps of them while all others use theirs.
+    Speeds are those of a rank alone; `shared` says what is left of them while all others do the same.
     """
     kind = "gpu" if probe.device.is_gpu else "cpu"
     node = Node(name=NODE, devices={kind: probe.ranks}, link=_link(probe.messages), sums=_link(probe.sums))
@@ -41,7 +41,9 @@ def _device_class(device: DeviceProbe) -> DeviceClass:
         launch_us=_rounded(1e6 * rest.launch_s),
         attention=_rounded_all(rest.attention),
         passing_gb_per_s=None if rest.passing_bytes_per_s is None else _rounded(rest.passing_bytes_per_s / 1e9),
-        shared=_rounded(device.shared),
+        shared=_rounded(min(1.0, device.alone.many_s / device.together.many_s)),
+        shared_token=_rounded(min(1.0, device.alone.token_s / device.together.token_s)),
+        waking=_rounded(min(1.0, device.alone.token_s / device.together.turn_s)),
         expands=True,  # torch has no products with codes of weights alone
     )
 

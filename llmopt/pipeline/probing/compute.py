@@ -13,14 +13,13 @@ from llmopt.partition.device import Attending, Speed
 from llmopt.partition.work import passing_bytes, product_s
 from llmopt.pipeline.probing.blocks import SIZES, Stack, products_of, scratch_bytes
 from llmopt.pipeline.probing.fit import fitted, per_second
-from llmopt.pipeline.probing.timing import median_s
+from llmopt.pipeline.probing.timing import mean_s
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.int8_torch import Int8Product, available
 from llmopt.quantize.scheme import parse_scheme
 
 SHAPES = ((512, 512), (2048, 512), (512, 2048), (1024, 1024), (4096, 1024), (2048, 2048))  # rows, columns
 TOKENS = (1, 16, 64, 256)
-STREAMED = (4096, 1024)
 BEYOND_CACHES_BYTES = 96 << 20
 _MANY = 8  # products of one shape in a row, where reading them is not what takes the time
 
@@ -42,6 +41,15 @@ class Compute:
 
     speeds: dict[str, Speed]
     rest: Rest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Working:
+    """Seconds of a block for many tokens, for one, and for one where ranks take turns."""
+
+    many_s: float
+    token_s: float
+    turn_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +82,13 @@ def measure_compute(device: torch.device) -> Compute:
         return Compute(speeds=speeds, rest=_rest(speeds["float32"], device))
 
 
-def streaming_s(device: torch.device) -> float:
-    """Seconds of a token's product with float32 weights that no cache holds: what devices of one machine share."""
+def measure_working(device: torch.device, turn: Callable[[Callable[[], object]], float] | None = None) -> Working:
+    """Measure what others may slow; `turn` is given work, has it done in turns, and says how long one took."""
     with torch.inference_mode():
-        products, _ = _products("float32", STREAMED, device)
-        return _seconds(products, _inputs("float32", STREAMED, 1, device), device)
+        stack = Stack(SIZES[-1], device, BEYOND_CACHES_BYTES)
+        token_s = stack.seconds(1, 255)
+        turn_s = token_s if turn is None else turn(stack.work(1, 255)) / stack.blocks
+        return Working(many_s=stack.seconds(64, 192), token_s=token_s, turn_s=turn_s)
 
 
 def _timed(kind: str, device: torch.device) -> Iterator[_Timed]:
@@ -103,7 +113,7 @@ def _seconds(products: Sequence[Multiply], inputs: Tensor, device: torch.device)
         for product in products:
             product(inputs)
 
-    return median_s(all_of_them, device) / len(products)
+    return mean_s(all_of_them, device) / len(products)
 
 
 def _products(kind: str, shape: tuple[int, int], device: torch.device) -> tuple[Sequence[Multiply], int]:

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 import torch.distributed as dist
 
 SMALL_BYTES, LARGE_BYTES = 1 << 12, 1 << 22
-_REPEATS = 30
+_REPEATS = 40
+_TURNS = 25
 _FLOAT_BYTES = 4
 
 
@@ -35,7 +35,7 @@ def measure_messages(rank: int, device: torch.device) -> Link:
                 dist.recv(values, 0)
                 dist.send(values, 0)
 
-        return _median_s(once) / 2
+        return _mean_s(once) / 2
 
     return _link(there_and_back)
 
@@ -45,9 +45,28 @@ def measure_sums(device: torch.device) -> Link:
 
     def add_up(size_bytes: int) -> float:
         values = torch.zeros(size_bytes // _FLOAT_BYTES, device=device)
-        return _median_s(lambda: dist.all_reduce(values))
+        return _mean_s(lambda: dist.all_reduce(values))
 
     return _link(add_up)
+
+
+def in_turns(work: Callable[[], object], rank: int, device: torch.device) -> float:
+    """Ranks 0 and 1 work in turns, each when the other is done; how long the work takes then. Call it on all ranks."""
+    word, spent_s = torch.zeros(1, device=device), 0.0
+    dist.barrier()
+    for _ in range(_TURNS if rank < 2 else 0):
+        if rank == 1:
+            dist.recv(word, 0)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent_s += time.perf_counter() - start
+        dist.send(word, 1 - rank)
+        if rank == 0:
+            dist.recv(word, 1)
+    dist.barrier()
+    return spent_s / _TURNS
 
 
 def _link(seconds: Callable[[int], float]) -> Link:
@@ -56,11 +75,12 @@ def _link(seconds: Callable[[int], float]) -> Link:
     return Link(latency_s=max(small_s - SMALL_BYTES * byte_s, 0.0), bytes_per_s=1 / byte_s)
 
 
-def _median_s(once: Callable[[], None]) -> float:
+def _mean_s(once: Callable[[], None]) -> float:
+    """The mean, as of `timing.mean_s`; the first third is not counted."""
     dist.barrier()
-    found = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
+    for _ in range(_REPEATS // 3):
         once()
-        found.append(time.perf_counter() - start)
-    return median(found[_REPEATS // 3 :])
+    start = time.perf_counter()
+    for _ in range(_REPEATS):
+        once()
+    return (time.perf_counter() - start) / _REPEATS

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,8 +17,8 @@ from llmopt.measure.memory import available_bytes, resident_bytes
 from llmopt.partition.runtime.layout import Layout, StageLayout
 from llmopt.pipeline.launching.supervise import run_processes
 from llmopt.pipeline.launching.warm import warm_up
-from llmopt.pipeline.probing.compute import Compute, measure_compute, streaming_s
-from llmopt.pipeline.probing.links import Link, measure_messages, measure_sums
+from llmopt.pipeline.probing.compute import Compute, Working, measure_compute, measure_working
+from llmopt.pipeline.probing.links import Link, in_turns, measure_messages, measure_sums
 from llmopt.progress import Progress
 
 TIMEOUT_S = 60.0
@@ -32,14 +33,15 @@ class ProbeRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProbe:
-    """One rank's share of the machine: what it does alone, and what its memory keeps of that beside the others."""
+    """One rank's share of the machine: what it does alone, and while all others do the same."""
 
     name: str
     is_gpu: bool
     memory_bytes: int
     process_bytes: int
     compute: Compute
-    shared: float
+    alone: Working
+    together: Working
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +81,22 @@ def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
     """What one rank does of it; the first writes what was found."""
     warm_up(device)
     process_bytes = resident_bytes()
-    compute, alone_s = (measure_compute(device), streaming_s(device)) if rank == 0 else (None, 0.0)
+    compute = measure_compute(device) if rank == 0 else None
+    alone = measure_working(device) if rank == 0 else None
     dist.barrier()
-    together_s = streaming_s(device) if ranks > 1 else alone_s
+    turn = partial(in_turns, rank=rank, device=device) if ranks > 1 else None
+    together = measure_working(device, turn)
     dist.barrier()
     messages, sums = (measure_messages(rank, device), measure_sums(device)) if ranks > 1 else (None, None)
-    if compute is not None:
+    if compute is not None and alone is not None:
         found = DeviceProbe(
             name=_name(device),
             is_gpu=device.type == "cuda",
             memory_bytes=_memory_bytes(device, ranks),
             process_bytes=process_bytes,
             compute=compute,
-            shared=min(1.0, alone_s / together_s),
+            alone=alone,
+            together=together if ranks > 1 else alone,
         )
         path.write_bytes(_PROBE.dump_json(Probe(ranks=ranks, device=found, messages=messages, sums=sums)))
 

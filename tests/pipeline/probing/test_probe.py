@@ -11,7 +11,7 @@ from llmopt.partition.device import Attending, Speed
 from llmopt.partition.work import Product, product_s
 from llmopt.pipeline.probing import compute, timing
 from llmopt.pipeline.probing.cluster_file import cluster, write_cluster
-from llmopt.pipeline.probing.compute import Compute, Rest, _speed, _Timed, kinds, measure_compute
+from llmopt.pipeline.probing.compute import Compute, Rest, Working, _speed, _Timed, kinds, measure_compute
 from llmopt.pipeline.probing.fit import fitted, per_second
 from llmopt.pipeline.probing.links import LARGE_BYTES, SMALL_BYTES, Link, _link
 from llmopt.pipeline.probing.probe import DeviceProbe, Probe, ProbeRequest, probe
@@ -28,7 +28,8 @@ FOUND = Probe(
             speeds={"float32": Speed(tflops=0.05, gb_per_s=10, row_ns=100, packing_gb_per_s=8, call_us=3)},
             rest=Rest(launch_s=1e-4, passing_bytes_per_s=2e10, attention=Attending(tflops=0.04, gb_per_s=7)),
         ),
-        shared=0.9,
+        alone=Working(many_s=0.9, token_s=0.8, turn_s=0.8),
+        together=Working(many_s=1.0, token_s=0.4, turn_s=1.0),
     ),
     messages=Link(latency_s=1e-4, bytes_per_s=1.23456e9),
     sums=Link(latency_s=2e-4, bytes_per_s=1e9),
@@ -87,7 +88,9 @@ def test_the_cluster_file_says_what_was_found_beside_others(tmp_path):
     assert device.speeds["float32"].bytes_per_s == pytest.approx(1e10)
     assert device.speeds["float32"].packing_gb_per_s == pytest.approx(8)
     assert device.attention == Attending(tflops=0.04, gb_per_s=7)
-    assert (device.passing_gb_per_s, device.shared, device.expands) == (pytest.approx(20), pytest.approx(0.9), True)
+    assert (device.passing_gb_per_s, device.shared, device.shared_token) == (pytest.approx(20), pytest.approx(0.9), 1)
+    assert device.waking == pytest.approx(0.8)
+    assert device.expands
     assert device.usable_bytes == pytest.approx(9e8)
     assert device.launch_s == pytest.approx(1e-4)
     assert len(read.all_devices()) == 2
