@@ -174,6 +174,13 @@ def to_json(cluster: Cluster) -> dict[str, Any]:
     return whole.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+def uncounted(cluster: Cluster) -> list[str]:
+    """A note where plans count products, attention and launches alone, because nothing else is known of a class."""
+    kinds = sorted({kind for node in cluster.nodes for kind in node.devices})
+    bare = [kind for kind in kinds if cluster.device_class(kind).passing_gb_per_s is None]
+    return [f"what passes between products is not known, and not counted: {', '.join(bare)}"] if bare else []
+
+
 def _validated(document: Document) -> Cluster:
     try:
         return Cluster.model_validate(document.value)

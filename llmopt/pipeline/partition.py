@@ -7,7 +7,7 @@ from typing import Any
 from llmopt.errors import ArtifactError, UsageError, near_match
 from llmopt.model.source import open_source
 from llmopt.model.spec import ModelSpec
-from llmopt.partition.cluster import load_cluster
+from llmopt.partition.cluster import load_cluster, uncounted
 from llmopt.partition.cost import DTYPE_BYTES, Precision
 from llmopt.partition.engines import ENGINES, export
 from llmopt.partition.joint import choose_schemes
@@ -70,6 +70,7 @@ def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
     model = Model(name=source.name, spec=source.spec, precision=precision, revision=source.revision)
     with progress.task("searching for the plan"):
         plan = Search(model=model, cluster=cluster, workload=workload, wanted=wanted).plan()
+    plan = replace(plan, notes=(*plan.notes, *uncounted(cluster)))
     if request.joint:
         plan = replace(plan, notes=(*plan.notes, "schemes chosen for the least estimated loss that fits"))
     exported = export(plan, source.spec, request.export) if request.export is not None else None

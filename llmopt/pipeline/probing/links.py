@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 SMALL_BYTES, LARGE_BYTES = 1 << 12, 1 << 22
-_REPEATS = 40
+_SECONDS, _LEAST, _MOST = 1.0, 5, 200  # for each size
 _TURNS = 25
 _FLOAT_BYTES = 4
 
@@ -35,7 +35,7 @@ def measure_messages(rank: int, device: torch.device) -> Link:
                 dist.recv(values, 0)
                 dist.send(values, 0)
 
-        return _mean_s(once) / 2
+        return _mean_s(once, device) / 2
 
     return _link(there_and_back)
 
@@ -45,7 +45,7 @@ def measure_sums(device: torch.device) -> Link:
 
     def add_up(size_bytes: int) -> float:
         values = torch.zeros(size_bytes // _FLOAT_BYTES, device=device)
-        return _mean_s(lambda: dist.all_reduce(values))
+        return _mean_s(lambda: dist.all_reduce(values), device)
 
     return _link(add_up)
 
@@ -75,12 +75,15 @@ def _link(seconds: Callable[[int], float]) -> Link:
     return Link(latency_s=max(small_s - SMALL_BYTES * byte_s, 0.0), bytes_per_s=1 / byte_s)
 
 
-def _mean_s(once: Callable[[], None]) -> float:
-    """The mean, as of `timing.mean_s`; the first third is not counted."""
+def _mean_s(once: Callable[[], None], device: torch.device) -> float:
+    """The mean, as of `timing.mean_s`, of as many calls as rank 0 says that there is time for."""
     dist.barrier()
-    for _ in range(_REPEATS // 3):
-        once()
+    once()
     start = time.perf_counter()
-    for _ in range(_REPEATS):
+    once()
+    count = torch.tensor([min(max(_LEAST, int(_SECONDS / (time.perf_counter() - start))), _MOST)], device=device)
+    dist.broadcast(count, 0)
+    start = time.perf_counter()
+    for _ in range(int(count)):
         once()
-    return (time.perf_counter() - start) / _REPEATS
+    return (time.perf_counter() - start) / int(count)
