@@ -31,12 +31,11 @@ from llmopt.progress import Silent
 from tests.reference import reference_model
 
 PROMPT, OUTPUT, ROUNDS = 256, 24, 3
-BLOCKS = "llama", {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+BLOCKS = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 MADE = {
     "wide": {"intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 16000, "tie_word_embeddings": False},
     "vocabulary": {"intermediate_size": 3072, "num_hidden_layers": 6, "vocab_size": 150_000},
 }
-EVEN, PLANNED = "even", "planned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +55,7 @@ PAIRS = (
     Pair(model="reference", asked="blocks 15, 15; prompt in 4", split="15,15", micro_batches=4),
     Pair(model="reference", asked="blocks 15, 15; 4 sequences in 2", split="15,15", micro_batches=2, batch=4),
     Pair(model="wide", asked="blocks 3, 5", split="3,5"),
+    Pair(model="wide", asked="blocks 6, 2", split="6,2"),
     Pair(model="wide", asked="tensor 2", split="8", degree=2),
     Pair(model="wide", asked="blocks 4, 4; prompt in 4", split="4,4", micro_batches=4),
     Pair(model="vocabulary", asked="blocks 4, 2", split="4,2"),
@@ -71,7 +71,7 @@ def made_model(folder: Path, sizes: dict[str, Any]) -> str:
     if not (folder / "model.safetensors").exists():
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "float32"}
-        config |= {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, **BLOCKS[1]}
+        config |= {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, **BLOCKS}
         (folder / "config.json").write_text(json.dumps(config | sizes))
         draw = torch.Generator().manual_seed(0)
         tensors = {
@@ -116,7 +116,8 @@ def numbers(result: LaunchResult) -> dict[str, Any]:
     """What is compared, in ms and MB."""
 
     def both(compared: Compared, factor: float = 1.0) -> list[float]:
-        assert compared.predicted is not None and compared.measured is not None
+        assert compared.predicted is not None
+        assert compared.measured is not None
         return [compared.predicted * factor, compared.measured * factor]
 
     memory = [both(stage.memory_bytes, 1e-6) for stage in result.stages]
@@ -143,6 +144,22 @@ def one_pass(
                     else made_model(folder / pair.model, MADE[pair.model])
                 )
                 yield name, numbers(run(pair, scheme, model, cluster))
+
+
+def calibration(folder: Path, cluster: Path) -> Iterator[str]:
+    """One run corrects the cluster file: how far off predictions are before and behind, of its plan and of another."""
+    first, other = (pair for pair in PAIRS if pair.model == "wide" and pair.micro_batches == 1 and pair.degree == 1)
+    model = made_model(folder / first.model, MADE[first.model])
+    refined = folder / "refined.yaml"
+    run(first, None, model, cluster, refined)
+    yield "| plan | TTFT, before → behind | TPOT, before → behind |\n| --- | --- | --- |"
+    for pair in (first, other):
+        before, behind = (run(pair, None, model, file) for file in (cluster, refined))
+        cells = (
+            f"{100 * (one.error or 0):+.0f} % → {100 * (two.error or 0):+.0f} %"
+            for one, two in ((before.ttft_ms, behind.ttft_ms), (before.tpot_ms, behind.tpot_ms))
+        )
+        yield f"| {pair.model}: {pair.asked} | {' | '.join(cells)} |"
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
@@ -173,6 +190,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="pairs whose names hold this")
     parser.add_argument("--scheme", choices=("float32", "w8a8"), help="only this one")
     parser.add_argument("--cluster", type=Path, help="this cluster file, in place of a probe")
+    parser.add_argument("--calibrate", action="store_true", help="show what launch --calibrate corrects, and no more")
     parser.add_argument("--table", action="store_true", help="only print")
     asked = parser.parse_args()
     results = json.loads(asked.results.read_text()) if asked.results.exists() else {}
@@ -182,6 +200,9 @@ def main() -> None:
             cluster = asked.cluster or Path(name) / "cluster.yaml"
             if asked.cluster is None:
                 probe(cluster, ranks=2, quiet=True)
+            if asked.calibrate:
+                print("\n".join(calibration(asked.models, cluster)))
+                return
             for pair, found in one_pass(asked.only, schemes, asked.models, cluster):
                 results.setdefault(pair, []).append(found)
                 asked.results.write_text(json.dumps(results))

@@ -14,11 +14,15 @@ def mean_s(work: Callable[[], object], device: torch.device) -> float:
 
     A run has all of its calls, the slow ones too: a median would be quicker than what comes of them.
     """
-    work()
-    count, start = 0, time.perf_counter()
-    while count < LEAST or time.perf_counter() - start < SECONDS:
+
+    def once() -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+    once()
+    count, start = 0, time.perf_counter()
+    while count < LEAST or time.perf_counter() - start < SECONDS:
+        once()
         count += 1
     return (time.perf_counter() - start) / count
