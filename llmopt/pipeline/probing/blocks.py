@@ -10,7 +10,7 @@ from llmopt.engine.blocks import KvCache, Turn, block_forward, plain
 from llmopt.measure.memory import give_back, resident_bytes
 from llmopt.model.spec import Attention, Block, Linear, Mlp, Norm, Rotary
 from llmopt.partition.work import Product, activation_bytes
-from llmopt.pipeline.probing.timing import mean_s
+from llmopt.pipeline.probing.timing import median_s
 from llmopt.quantize.by_rows import rounded
 from llmopt.quantize.int8_torch import Int8Product
 from llmopt.quantize.scheme import parse_scheme
@@ -53,7 +53,7 @@ class Stack:
 
     def seconds(self, tokens: int, before: int) -> float:
         """Of one block, for new tokens of one sequence that has some already."""
-        return mean_s(self.work(tokens, before), self._device) / self.blocks
+        return median_s(self.work(tokens, before), self._device) / self.blocks
 
     def work(self, tokens: int, before: int) -> Callable[[], None]:
         """All blocks, one behind the other."""

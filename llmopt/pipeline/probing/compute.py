@@ -13,7 +13,7 @@ from llmopt.partition.device import Attending, Speed
 from llmopt.partition.work import passing_bytes, product_s
 from llmopt.pipeline.probing.blocks import SIZES, Stack, products_of, scratch_bytes
 from llmopt.pipeline.probing.fit import fitted, per_second
-from llmopt.pipeline.probing.timing import mean_s
+from llmopt.pipeline.probing.timing import median_s
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.int8_torch import Int8Product, available
 from llmopt.quantize.scheme import parse_scheme
@@ -113,7 +113,7 @@ def _seconds(products: Sequence[Multiply], inputs: Tensor, device: torch.device)
         for product in products:
             product(inputs)
 
-    return mean_s(all_of_them, device) / len(products)
+    return median_s(all_of_them, device) / len(products)
 
 
 def _products(kind: str, shape: tuple[int, int], device: torch.device) -> tuple[Sequence[Multiply], int]:

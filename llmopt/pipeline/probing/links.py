@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def measure_sums(device: torch.device) -> Link:
 
 def in_turns(work: Callable[[], object], rank: int, device: torch.device) -> float:
     """Ranks 0 and 1 work in turns, each when the other is done; how long the work takes then. Call it on all ranks."""
-    word, spent_s = torch.zeros(1, device=device), 0.0
+    word, spent_s = torch.zeros(1, device=device), []
     dist.barrier()
     for _ in range(_TURNS if rank < 2 else 0):
         if rank == 1:
@@ -61,12 +62,12 @@ def in_turns(work: Callable[[], object], rank: int, device: torch.device) -> flo
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        spent_s += time.perf_counter() - start
+        spent_s.append(time.perf_counter() - start)
         dist.send(word, 1 - rank)
         if rank == 0:
             dist.recv(word, 1)
     dist.barrier()
-    return spent_s / _TURNS
+    return median(spent_s) if spent_s else 0.0
 
 
 def _link(seconds: Callable[[int], float]) -> Link:
@@ -76,7 +77,10 @@ def _link(seconds: Callable[[int], float]) -> Link:
 
 
 def _mean_s(once: Callable[[], None], device: torch.device) -> float:
-    """The mean, as of `timing.mean_s`, of as many calls as rank 0 says that there is time for."""
+    """The mean of as many calls as rank 0 says that there is time for.
+
+    Not the median: who waits for another process waits long at times, and a run adds up all of it.
+    """
     dist.barrier()
     once()
     start = time.perf_counter()

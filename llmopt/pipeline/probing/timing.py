@@ -2,27 +2,26 @@
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 
-SECONDS = 0.12  # for each measurement
-LEAST = 3
+SECONDS = 0.15  # for each measurement
+LEAST = 5
 
 
-def mean_s(work: Callable[[], object], device: torch.device) -> float:
-    """The mean of as many calls as there is time for, behind one that is not counted.
+def median_s(work: Callable[[], object], device: torch.device) -> float:
+    """The median of as many calls as there is time for, behind one that is not counted."""
 
-    A run has all of its calls, the slow ones too: a median would be quicker than what comes of them.
-    """
-
-    def once() -> None:
+    def once() -> float:
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return time.perf_counter() - start
 
     once()
-    count, start = 0, time.perf_counter()
-    while count < LEAST or time.perf_counter() - start < SECONDS:
-        once()
-        count += 1
-    return (time.perf_counter() - start) / count
+    found: list[float] = []
+    while len(found) < LEAST or sum(found) < SECONDS:
+        found.append(once())
+    return median(found)
