@@ -9,7 +9,7 @@ from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
-_AT_ONCE = 1 << 20  # values
+_AT_ONCE = 1 << 18  # values
 
 
 def rounded(weight_OI: Tensor, scheme: Scheme) -> QuantizedWeight:

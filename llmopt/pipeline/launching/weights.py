@@ -88,7 +88,7 @@ def read_weights(
             else:
                 found.floats[name] = placed(weight)
             del weight
-            give_back()  # what rounding took
+        give_back()  # what reading and rounding took
     return found
 
 
