@@ -262,10 +262,11 @@ class Costs:
 
     def _stored_bytes(self, rows: int, columns: int, scheme: Scheme | None, group: Group) -> float:
         """Of a matrix; codes that a device has no products for may become floats there."""
-        expands = group.device.expands and not _computes(group.device, scheme)
-        if scheme is None or expands:
+        own = None if scheme is None else _own_speed(group.device, scheme)
+        if scheme is None or (own is None and group.device.expands):
             return rows * columns * self.precision.value_bytes
-        return stored_bytes(rows, columns, scheme)
+        multiple = 1 if own is None else own.padded_to
+        return stored_bytes(rows, -(-columns // multiple) * multiple, scheme)
 
     def _hidden_bytes(self, tokens: int) -> float:
         return float(tokens * self.spec.hidden_size * self.precision.value_bytes)
@@ -305,9 +306,10 @@ class _Step:
         return group.device.shared if self.all_tokens > 1 else group.device.shared_token
 
 
-def _computes(device: DeviceClass, scheme: Scheme | None) -> bool:
-    names = (name for name in device.speeds if name not in DTYPE_BYTES)
-    return any(parse_scheme(name) == scheme for name in names)
+def _own_speed(device: DeviceClass, scheme: Scheme) -> Speed | None:
+    """That of a scheme itself, where it is known."""
+    known = device.speeds.items()
+    return next((speed for name, speed in known if name not in DTYPE_BYTES and parse_scheme(name) == scheme), None)
 
 
 def speed_of(group: Group, scheme: Scheme | None, dtype: str) -> Speed:
@@ -319,9 +321,9 @@ def speed_of(group: Group, scheme: Scheme | None, dtype: str) -> Speed:
     """
     speeds = group.device.speeds
     if scheme is not None:
-        for name, speed in speeds.items():
-            if name not in DTYPE_BYTES and parse_scheme(name) == scheme:
-                return speed
+        own = _own_speed(group.device, scheme)
+        if own is not None:
+            return own
         if scheme.activation_bits == 8:
             raise _unknown_speed(group, scheme.name)
     if dtype not in speeds:

@@ -56,6 +56,9 @@ class Speed(Section):
     scratch_mb: NotNegative = 0.0
     """10⁶ bytes that a process holds for it beside weights, cache and activations."""
 
+    padded_to: Annotated[int, Field(ge=1)] = 1
+    """A weight has as many inputs in memory as the next multiple of this."""
+
     @property
     def flops(self) -> float:
         """Operations a second."""

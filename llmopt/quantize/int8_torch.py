@@ -19,6 +19,7 @@ from llmopt.quantize.int8 import CENTER
 from llmopt.quantize.weights import QuantizedWeight
 
 _ENGINES = ("x86", "fbgemm")
+PADDED_TO = 512  # inputs, as the kernel packs them: 576 take the memory of 1024
 
 
 def available() -> bool:

@@ -59,3 +59,13 @@ def test_codes_without_products_take_the_memory_of_floats_where_they_expand(spec
     expanded = costs(spec, BARE.model_copy(update={"expands": True}), schemes=schemes)
     assert codes.weight_bytes[0] < floats.weight_bytes[0] / 1.5
     assert expanded.weight_bytes[0] == floats.weight_bytes[0]
+
+
+def test_weights_that_a_kernel_pads_take_the_memory_of_what_it_pads_to(spec):
+    schemes = {linear.name: parse_scheme("w8a8") for linear in spec.blocks[0].linears()}
+    plain, padded = (
+        costs(spec, DeviceClass(memory_gb=8, speeds=BARE.model_dump()["speeds"] | {"w8a8": speed}), schemes=schemes)
+        for speed in ({"tflops": 1, "gb_per_s": 9}, {"tflops": 1, "gb_per_s": 9, "padded_to": 512})
+    )
+    wide = sum(2 * one.out_features * (one.in_features == 256) for one in spec.blocks[0].linears())
+    assert padded.weight_bytes[0] - plain.weight_bytes[0] == pytest.approx(128 * wide, rel=0.01)

@@ -51,9 +51,9 @@ class Stack:
         """How many there are."""
         return len(self._weights)
 
-    def seconds(self, tokens: int, before: int) -> float:
+    def seconds(self, tokens: int, before: int, times: int = 1) -> float:
         """Of one block, for new tokens of one sequence that has some already."""
-        return median_s(self.work(tokens, before), self._device) / self.blocks
+        return median_s(self.work(tokens, before), self._device, times) / self.blocks
 
     def work(self, tokens: int, before: int) -> Callable[[], None]:
         """All blocks, one behind the other."""

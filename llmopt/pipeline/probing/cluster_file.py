@@ -49,7 +49,7 @@ def _device_class(device: DeviceProbe) -> DeviceClass:
 
 
 def _rounded_all(section: _Some) -> _Some:
-    return section.model_copy(update={name: _rounded(value) for name, value in section if value is not None})
+    return section.model_copy(update={name: _rounded(value) for name, value in section if isinstance(value, float)})
 
 
 def _link(link: links.Link | None) -> Link | None:

@@ -15,12 +15,13 @@ from llmopt.pipeline.probing.blocks import SIZES, Stack, products_of, scratch_by
 from llmopt.pipeline.probing.fit import fitted, per_second
 from llmopt.pipeline.probing.timing import median_s
 from llmopt.quantize.int8 import quantize_rows
-from llmopt.quantize.int8_torch import Int8Product, available
+from llmopt.quantize.int8_torch import PADDED_TO, Int8Product, available
 from llmopt.quantize.scheme import parse_scheme
 
 SHAPES = ((512, 512), (2048, 512), (512, 2048), (1024, 1024), (4096, 1024), (2048, 2048))  # rows, columns
-TOKENS = (1, 16, 64, 256)
+TOKENS = (1, 2, 16, 64, 256)
 BEYOND_CACHES_BYTES = 96 << 20
+_LONG = 10  # times as long as other measurements: side by side, speeds come and go
 _MANY = 8  # products of one shape in a row, where reading them is not what takes the time
 
 Multiply = Callable[[Tensor], Tensor]
@@ -76,7 +77,9 @@ def measure_compute(device: torch.device) -> Compute:
         # Memory first, while the process has no other use for it.
         scratch = {kind: scratch_bytes(kind) if device.type == "cpu" else 0.0 for kind in kinds(device)}
         speeds = {
-            kind: _speed(list(_timed(kind, device)), kind).model_copy(update={"scratch_mb": scratch[kind] / 1e6})
+            kind: _speed(list(_timed(kind, device)), kind).model_copy(
+                update={"scratch_mb": scratch[kind] / 1e6, "padded_to": PADDED_TO if kind == "w8a8" else 1}
+            )
             for kind in kinds(device)
         }
         return Compute(speeds=speeds, rest=_rest(speeds["float32"], device))
@@ -86,9 +89,9 @@ def measure_working(device: torch.device, turn: Callable[[Callable[[], object]],
     """Measure what others may slow; `turn` is given work, has it done in turns, and says how long one took."""
     with torch.inference_mode():
         stack = Stack(SIZES[-1], device, BEYOND_CACHES_BYTES)
-        token_s = stack.seconds(1, 255)
+        token_s = stack.seconds(1, 255, _LONG)
         turn_s = token_s if turn is None else turn(stack.work(1, 255)) / stack.blocks
-        return Working(many_s=stack.seconds(64, 192), token_s=token_s, turn_s=turn_s)
+        return Working(many_s=stack.seconds(64, 192, _LONG), token_s=token_s, turn_s=turn_s)
 
 
 def _timed(kind: str, device: torch.device) -> Iterator[_Timed]:

@@ -10,8 +10,8 @@ SECONDS = 0.15  # for each measurement
 LEAST = 5
 
 
-def median_s(work: Callable[[], object], device: torch.device) -> float:
-    """The median of as many calls as there is time for, behind one that is not counted."""
+def median_s(work: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """The median of as many calls as there is time for, so many `times` of it, behind one that is not counted."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -22,6 +22,6 @@ def median_s(work: Callable[[], object], device: torch.device) -> float:
 
     once()
     found: list[float] = []
-    while len(found) < LEAST or sum(found) < SECONDS:
+    while len(found) < LEAST or sum(found) < times * SECONDS:
         found.append(once())
     return median(found)
