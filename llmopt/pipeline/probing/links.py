@@ -53,7 +53,8 @@ def measure_sums(device: torch.device) -> Link:
 
 def in_turns(work: Callable[[], object], rank: int, device: torch.device) -> float:
     """Ranks 0 and 1 work in turns, each when the other is done; how long the work takes then. Call it on all ranks."""
-    word, spent_s = torch.zeros(1, device=device), []
+    word = torch.zeros(1, device=device)
+    spent_s: list[float] = []
     dist.barrier()
     for _ in range(_TURNS if rank < 2 else 0):
         if rank == 1:
