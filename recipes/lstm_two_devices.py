@@ -19,12 +19,14 @@ import numpy as np
 
 from llmopt.measure.host import usable_cores
 from llmopt.model.recurrent import RecurrentSpec, recurrent_spec
-from llmopt.partition.cluster import Cluster, Link, Speed, load_cluster
+from llmopt.partition.cluster import Cluster, load_cluster
+from llmopt.partition.device import DeviceClass, Link
 from llmopt.partition.problem import Kind, Objective, Slot
 from llmopt.partition.runtime.layout import Layout, StageLayout
 from llmopt.partition.runtime.schedule import WHOLE, MicroBatches
 from llmopt.partition.solver.fixed import FixedOrder
 from llmopt.partition.solver.joining import best
+from llmopt.partition.work import Product, passing_s, product_s
 from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.run import run_job
 
@@ -32,28 +34,37 @@ MODEL = "lstm:12x2048"
 SEQUENCES, TOKENS, MICRO_BATCHES = 64, 24, 12
 DTYPE = "float32"
 FLOAT_BYTES = 4
+GATE_PASSES = 6  # reads and writes of a value of the gates: two sums, the sigmoids, the cell
 PATIENCE_S = 300
 
 
-def item_seconds(spec: RecurrentSpec, speed: Speed, tokens: int) -> list[float]:
-    """The embedding, every layer, and the head, for one micro-batch.
+def item_seconds(spec: RecurrentSpec, device: DeviceClass, tokens: int, keeps: float) -> list[float]:
+    """The embedding, every layer, and the head, for one micro-batch; `keeps` is what is left of the speed.
 
     What reads the inputs is one product for all tokens; what reads the layer's own outputs is one for each token.
     """
-    half_flops, half_bytes = spec.layer_flops_per_token / 2 * SEQUENCES, spec.layer_bytes / 2
-    inputs_s = max(half_flops * tokens / speed.flops, half_bytes / speed.bytes_per_s)
-    outputs_s = tokens * max(half_flops / speed.flops, half_bytes / speed.bytes_per_s)
-    head_s = 2 * SEQUENCES * spec.vocab_size * spec.width / speed.flops
-    return [0.0, *[inputs_s + outputs_s] * spec.layers, head_s * tokens / TOKENS]
+
+    def seconds(rows: int, many: int) -> float:
+        size = rows * spec.width * FLOAT_BYTES
+        one = Product(rows=rows, columns=spec.width, weight_bytes=size, tokens=many, value_bytes=FLOAT_BYTES)
+        return product_s(one, device.speeds[DTYPE])
+
+    gates = 4 * spec.width
+    inputs_s, outputs_s = seconds(gates, SEQUENCES * tokens), tokens * seconds(gates, SEQUENCES)
+    passing = SEQUENCES * tokens * gates * FLOAT_BYTES * GATE_PASSES
+    between_s = passing_s(passing, device.passing_gb_per_s) + tokens * device.launch_s / 2
+    head_s = seconds(spec.vocab_size, SEQUENCES) * tokens / TOKENS
+    layer_s = (inputs_s + outputs_s + between_s) / keeps
+    return [0.0, *[layer_s] * spec.layers, head_s / keeps]
 
 
 def predicted_s(
-    spec: RecurrentSpec, speed: Speed, link: Link, devices: int, cut: MicroBatches
+    spec: RecurrentSpec, device: DeviceClass, link: Link, devices: int, cut: MicroBatches
 ) -> tuple[float, list[int]]:
     """Seconds of the best plan, and its cuts: the first item of each stage, and the number of items."""
     tokens = TOKENS // cut.tokens
     hop_s = link.seconds(SEQUENCES * tokens * spec.width * FLOAT_BYTES)
-    seconds = item_seconds(spec, speed, tokens)
+    seconds = item_seconds(spec, device, tokens, device.shared if devices > 1 else 1.0)
     sums = np.concatenate([[0.0], np.cumsum(seconds)])
     kind = Kind(time=sums, memory=np.zeros_like(sums), capacity=1.0)
     slots = [Slot(options=((1, 0),), run=0, inside_s=hop_s, between_s=hop_s)] * devices
@@ -80,20 +91,20 @@ def measured_s(layout: Layout, cut: MicroBatches) -> float:
     return median(each.ended_s[0] for each in run_job(job, shares=usable_cores()).reports[0].rounds)
 
 
-def speeds_of(cluster: Cluster) -> tuple[Speed, Link]:
+def speeds_of(cluster: Cluster) -> tuple[DeviceClass, Link]:
     """What the probe says of its first node."""
     node = cluster.nodes[0]
     assert node.link is not None, "probe with --ranks 2"
-    return cluster.device_class(next(iter(node.devices))).speeds[DTYPE], node.link
+    return cluster.device_class(next(iter(node.devices))), node.link
 
 
 def main() -> None:
     """Plan, run twice, compare."""
     spec = recurrent_spec(MODEL)
-    speed, link = speeds_of(load_cluster(Path(sys.argv[1])))
+    device, link = speeds_of(load_cluster(Path(sys.argv[1])))
     found = {}
     for devices, cut in ((1, WHOLE), (2, MicroBatches(tokens=MICRO_BATCHES))):
-        planned_s, items = predicted_s(spec, speed, link, devices, cut)
+        planned_s, items = predicted_s(spec, device, link, devices, cut)
         layout = layout_of(items, spec.layers)
         found[devices] = planned_s, measured_s(layout, cut)
         layers = " + ".join(str(stage.stop - stage.first) for stage in layout.stages)

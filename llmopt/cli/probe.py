@@ -30,8 +30,8 @@ def probe(
 ) -> None:
     """Measure this machine for a cluster file.
 
-    Memory, products and memory bandwidth of each rank, alone and while all others do the same, for cores share their
-    memory; messages and sums between ranks. Takes well under a minute.
+    Memory; products and the rest of a block at several sizes; what a rank keeps of its speed while all others work, or
+    in turns; messages and sums between ranks. Takes well under a minute.
 
     Example: llmopt probe -o cluster.yaml
     """
@@ -58,16 +58,19 @@ def _table(found: "Probe") -> "Table":
 
     device = found.device
     table = Table(f"{found.ranks} × {device.name}", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("alone", "all at once"):
-        table.add_column(name, justify="right")
-    for kind, speed in device.alone.speeds.items():
-        together = device.together.speeds[kind]
-        table.add_row(f"{kind}, products", f"{speed.flops / 1e9:.4g} GFLOP/s", f"{together.flops / 1e9:.4g} GFLOP/s")
-        pair = (f"{each.bytes_per_s / 1e9:.4g} GB/s" for each in (speed, together))
-        table.add_row(f"{kind}, weights read", *pair)
-    table.add_row("calls of a block", *(f"{1e6 * each.block_s:.4g} µs" for each in (device.alone, device.together)))
-    table.add_row("memory of a rank", f"{device.memory_bytes / 1e9:.4g} GB", "")
+    table.add_column("", justify="right")
+    for kind, speed in device.compute.speeds.items():
+        table.add_row(f"{kind}, many tokens", f"{1e3 * speed.tflops:.4g} GFLOP/s")
+        table.add_row(f"{kind}, weights for one token", f"{speed.gb_per_s:.4g} GB/s")
+        table.add_row(f"{kind}, calls", f"{speed.call_us:.4g} µs a product")
+    rest = device.compute.rest
+    table.add_row("a block's own", f"{1e6 * rest.launch_s:.4g} µs")
+    table.add_row("attention", f"{1e3 * rest.attention.tflops:.4g} GFLOP/s, {rest.attention.gb_per_s:.4g} GB/s")
+    alone, others = device.alone, device.together
+    kept = alone.many_s / others.many_s, alone.token_s / others.token_s, alone.token_s / others.turn_s
+    table.add_row("kept beside others: many tokens, one, in turns", ", ".join(f"{100 * one:.3g} %" for one in kept))
+    table.add_row("memory of a rank", f"{device.memory_bytes / 1e9:.4g} GB")
     for name, link in (("messages", found.messages), ("sums", found.sums)):
         if link is not None:
-            table.add_row(name, "", f"{1e6 * link.latency_s:.4g} µs + {link.bytes_per_s / 1e9:.4g} GB/s")
+            table.add_row(name, f"{1e6 * link.latency_s:.4g} µs + {link.bytes_per_s / 1e9:.4g} GB/s")
     return table

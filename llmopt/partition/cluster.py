@@ -11,109 +11,23 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmopt.errors import RecipeError, UsageError, near_match
-from llmopt.quantize.scheme import parse_scheme
+from llmopt.errors import RecipeError, near_match
+from llmopt.partition.device import DeviceClass, Link
 from llmopt.recipe.document import Document, parse
 from llmopt.recipe.load import first_mistake
 from llmopt.recipe.schema import Section
 
 SCHEMA = "llmopt.cluster/1"
 KNOWN_DEVICES = "devices.yaml"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _MOST_DEVICES = 100_000
 _LARGEST_BYTES = 1_000_000
-_GIGA, _TERA, _MICRO = 1e9, 1e12, 1e-6
 
-
-def _known_kind(name: str) -> str:
-    if name in DTYPES:
-        return name
-    try:
-        parse_scheme(name)
-    except UsageError as error:
-        what = f"{name!r} is neither a dtype nor a scheme"
-        hint = near_match(name, [*DTYPES, "w8a16", "w4a16", "w8a8"])
-        raise PydanticCustomError("refused", "{what}", {"what": what, "hint": hint}) from error
-    return name
-
-
-# YAML's whole numbers are numbers too; infinities are none.
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-NotNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=_MOST_DEVICES)]
-Kind = Annotated[str, AfterValidator(_known_kind)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Speed(Section):
-    """Products with weights of one dtype or scheme: what a device reaches, not what its maker promises."""
-
-    tflops: Positive
-    """10¹² operations a second for many tokens at once."""
-    gb_per_s: Positive
-    """10⁹ bytes of weights a second for one token."""
-
-    @property
-    def flops(self) -> float:
-        """Operations a second."""
-        return self.tflops * _TERA
-
-    @property
-    def bytes_per_s(self) -> float:
-        """Bytes of weights a second."""
-        return self.gb_per_s * _GIGA
-
-
-class Link(Section):
-    """A message of n bytes takes latency + n / bandwidth."""
-
-    latency_us: NotNegative
-    """Microseconds until the first byte has arrived."""
-    gb_per_s: Positive
-    """10⁹ bytes a second behind it."""
-
-    def seconds(self, size_bytes: float) -> float:
-        """How long a message takes."""
-        return self.latency_us * _MICRO + size_bytes / (self.gb_per_s * _GIGA)
-
-
-class DeviceClass(Section):
-    """Devices that are all alike."""
-
-    memory_gb: Positive
-    """10⁹ bytes that the device has."""
-    reserved_gb: NotNegative = 0.0
-    """What of it programs and drivers take before there is a model."""
-    speeds: Annotated[dict[Kind, Speed], Field(min_length=1)]
-    """By dtype, and by scheme where one was measured."""
-    launch_us: NotNegative = 0.0
-    """Microseconds that a block takes for getting under way, whatever its size."""
-    price_per_hour: NotNegative | None = None
-    """Of one device, in any currency."""
-    source: Literal["measured", "data sheet"] = "measured"
-    """Where the numbers are from."""
-
-    @property
-    def usable_bytes(self) -> float:
-        """Memory for a model."""
-        return (self.memory_gb - self.reserved_gb) * _GIGA
-
-    @property
-    def launch_s(self) -> float:
-        """Seconds a block takes for getting under way."""
-        return self.launch_us * _MICRO
-
-    @model_validator(mode="after")
-    def _has_room(self) -> "DeviceClass":
-        if self.reserved_gb >= self.memory_gb:
-            what = f"of {self.memory_gb:g} GB, {self.reserved_gb:g} are reserved: nothing is left for a model"
-            raise PydanticCustomError("refused", "{what}", {"what": what, "hint": "lower reserved_gb"})
-        return self
 
 
 class Node(Section):
@@ -258,6 +172,13 @@ def to_json(cluster: Cluster) -> dict[str, Any]:
     kinds = {kind for node in cluster.nodes for kind in node.devices} | set(cluster.devices)
     whole = cluster.model_copy(update={"devices": {kind: cluster.device_class(kind) for kind in sorted(kinds)}})
     return whole.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def uncounted(cluster: Cluster) -> list[str]:
+    """A note where plans count products, attention and launches alone, because nothing else is known of a class."""
+    kinds = sorted({kind for node in cluster.nodes for kind in node.devices})
+    bare = [kind for kind in kinds if cluster.device_class(kind).passing_gb_per_s is None]
+    return [f"what passes between products is not known, and not counted: {', '.join(bare)}"] if bare else []
 
 
 def _validated(document: Document) -> Cluster:

@@ -1,9 +1,9 @@
 """What the parts of a model cost on a group of devices: seconds and bytes, from the description alone.
 
-The parts are the blocks, the first with the embedding, and the head with the final norm. A product takes what is
-longer, its operations at the speed that the device reaches or its weights at the bandwidth that it reaches (the
-roofline, Williams et al. 2009); a block also takes what its launch takes. Tensor parallelism divides products by heads,
+The parts are the blocks, the first with the embedding, and the head with the final norm; `llmopt.partition.work` says
+what they take on a device, and a block also takes what its launch takes. Tensor parallelism divides products by heads,
 channels and vocabulary, and adds two all-reduces a block, as a ring: 2 (t - 1) messages of a t-th (Thakur et al. 2005).
+Devices that work at the same time, as the ranks of a stage and full pipelines do, may have memory and caches in common.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,14 @@ import numpy as np
 from llmopt.errors import UsageError
 from llmopt.model.spec import Block, Linear, ModelSpec
 from llmopt.model.storage import stored_bytes
-from llmopt.partition.cluster import DeviceClass, Link, Speed
+from llmopt.partition.device import DeviceClass, Link, Speed
 from llmopt.partition.plan import Workload
 from llmopt.partition.problem import Array
+from llmopt.partition.work import Product, activation_bytes, attention_s, passing_bytes, passing_s, product_s, share_of
 from llmopt.quantize.scheme import Scheme, parse_scheme
 
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_LOGIT_BYTES = 4
+_LOGIT_BYTES = _RANGE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +88,19 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ItemCosts:
-    """One number for each part on one device of a group, [items]; `activation_bytes` is there once a stage."""
+    """One number for each part on one device of a group, [items]; `activation_bytes` is there once a stage.
+
+    `tied_bytes` is what a plan of one stage saves, where the head reads the embedding's table, and `awake` the part of
+    the time that its tokens take, since it never waits.
+    """
 
     prefill_s: Array
     decode_s: Array
     weight_bytes: Array
     kv_bytes: Array
     activation_bytes: float
+    tied_bytes: float
+    awake: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +116,6 @@ class Costs:
     def items(self) -> int:
         """Parts: every block, and the head."""
         return len(self.spec.blocks) + 1
-
-    @property
-    def tied_bytes(self) -> float:
-        """What a plan of one stage saves, where the head reads the embedding's table."""
-        return self._weight_bytes(self.spec.head) if self.spec.tied else 0.0
 
     @property
     def prefill_hop_bytes(self) -> float:
@@ -135,7 +137,7 @@ class Costs:
         Raises:
             UsageError: nothing is known of the group's speed in the dtype or a scheme.
         """
-        known: dict[object, tuple[float, float, float, float]] = {}
+        known: dict[object, _Item] = {}
         blocks = []
         for block in self.spec.blocks:
             key = self._signature(block)
@@ -149,7 +151,9 @@ class Costs:
             decode_s=rows[:, 1],
             weight_bytes=rows[:, 2],
             kv_bytes=rows[:, 3],
-            activation_bytes=self._activation_bytes(group.degree),
+            activation_bytes=self._activation_bytes(group),
+            awake=self._decode.keeps(group) if self.cut.groups == 1 and group.degree == 1 else 1.0,
+            tied_bytes=self._weight_bytes(self.spec.head, group) / group.degree if self.spec.tied else 0.0,
         )
 
     def _signature(self, block: Block) -> object:
@@ -159,91 +163,153 @@ class Costs:
         )
         return shapes, block.attention.heads, block.attention.kv_heads, block.attention.window
 
-    def _block(self, block: Block, group: Group) -> tuple[float, float, float, float]:
-        tokens, batch = self.cut.batch * self._chunk, self.cut.batch
-        prefill = sum(self._product_s(one, tokens, group) for one in block.linears())
-        decode = sum(self._product_s(one, batch, group) for one in block.linears())
-        prefill += self._attention_s(block, group, prefill=True) + group.device.launch_s
-        decode += self._attention_s(block, group, prefill=False) + group.device.launch_s
-        prefill += 2 * group.all_reduce_s(self._hidden_bytes(tokens))
-        decode += 2 * group.all_reduce_s(self._hidden_bytes(batch))
-        weights = sum(self._weight_bytes(one) for one in block.linears()) / group.degree
+    def _block(self, block: Block, group: Group) -> "_Item":
+        prefill, decode = self._prefill, self._decode
+        weights = sum(self._weight_bytes(one, group) for one in block.linears()) / group.degree
         norms = sum(tensor.count for norm in block.norms() for tensor in norm.tensors())
-        return prefill, decode, weights + norms * self.precision.value_bytes, self._kv_bytes(block) / group.degree
+        return (
+            self._block_s(block, group, prefill),
+            self._block_s(block, group, decode),
+            weights + norms * self.precision.value_bytes,
+            self._kv_bytes(block) / group.degree,
+        )
 
-    def _embedding(self, group: Group) -> tuple[float, float, float, float]:
+    @property
+    def _prefill(self) -> "_Step":
+        """A micro-batch of prompts, or of what is on average a part of them."""
+        ends = [self.workload.prompt * (part + 1) / self.cut.parts for part in range(self.cut.parts)]
+        seen = sum(ends) / len(ends)
+        return _Step(sequences=self.cut.batch, tokens=self._chunk, seen=seen, together=self.cut.count > 1)
+
+    @property
+    def _decode(self) -> "_Step":
+        """A token of each sequence, in the middle of the output."""
+        seen = self.workload.prompt + self.workload.output / 2
+        return _Step(sequences=self.cut.batch, tokens=1, seen=seen, together=self.cut.groups > 1)
+
+    def _block_s(self, block: Block, group: Group, step: "_Step") -> float:
+        """The launch, products, attention, what passes between them, and the sums over the ranks of a stage.
+
+        The mask hides, and saves nothing: a token is compared with all that are in the cache.
+        """
+        attention, device = block.attention, group.device
+        seen = step.seen if attention.window is None else min(step.seen, attention.window + step.tokens - 1)
+        pairs = step.tokens * seen
+        writers = (attention.output, block.mlp.down)
+        value = self.precision.value_bytes
+        products = sum(self._product_s(one, group, step, writes=one in writers) for one in block.linears())
+        flops = 4 * attention.q_size * pairs * step.sequences / group.degree
+        read = 2 * attention.kv_size * seen * step.sequences * value / group.degree
+        attending = attention_s(flops, read, device, speed_of(group, None, self.precision.dtype))
+        moved = passing_bytes(block, step.all_tokens, pairs, value, group.degree)
+        sums = 2 * group.all_reduce_s(self._hidden_bytes(step.all_tokens))
+        rounded = [one for one in writers if self._rounds(one)]
+        # The ranks agree on the range of each token of what is cut by inputs.
+        sums += len(rounded) * group.all_reduce_s(2 * _RANGE_BYTES * step.all_tokens)
+        passing = passing_s(moved, device.passing_gb_per_s)
+        return (device.launch_s + products + attending + passing) / step.keeps(group) + sums
+
+    def _rounds(self, linear: Linear) -> bool:
+        scheme = self.precision.schemes.get(linear.name)
+        return scheme is not None and scheme.activation_bits == 8
+
+    def _embedding(self, group: Group) -> "_Item":
         positions = self.spec.embedding.positions
         learned = sum(tensor.count for tensor in positions.tensors()) if positions is not None else 0
-        size = self._table_bytes() / group.degree + learned * self.precision.value_bytes
+        size = self._table_bytes(group) / group.degree + learned * self.precision.value_bytes
         tokens = self.cut.batch * self._chunk
-        reading = group.all_reduce_s(self._hidden_bytes(tokens)), group.all_reduce_s(self._hidden_bytes(self.cut.batch))
-        return (*reading, size, 0.0)
+        adding = group.all_reduce_s(self._hidden_bytes(tokens)), group.all_reduce_s(self._hidden_bytes(self.cut.batch))
+        return (*adding, size, 0.0)
 
-    def _head(self, group: Group) -> tuple[float, float, float, float]:
+    def _head(self, group: Group) -> "_Item":
         batch, before = self.cut.batch, self.spec.before_head
         linears = [self.spec.head] if before is None else [before, self.spec.head]
-        seconds = sum(self._product_s(one, batch, group) for one in linears)
+        step = _Step(sequences=batch, tokens=1, seen=0.0, together=self.cut.groups > 1)
+        seconds = sum(self._product_s(one, group, step) for one in linears) / step.keeps(group)
         # Each rank finds the likeliest token of its rows; a value and an index for each sequence are compared.
         seconds += group.all_reduce_s(2 * _LOGIT_BYTES * batch)
-        weights = sum(self._weight_bytes(one) for one in linears) / group.degree
+        weights = sum(self._weight_bytes(one, group) for one in linears) / group.degree
         norm = sum(tensor.count for tensor in self.spec.final_norm.tensors()) * self.precision.value_bytes
         # A prompt in parts has logits behind its last part only: its share is what a part takes on average.
         return seconds / self.cut.parts, seconds, weights + norm, 0.0
 
-    def _product_s(self, linear: Linear, tokens: int, group: Group) -> float:
-        scheme = self.precision.schemes.get(linear.name)
-        speed = speed_of(group, scheme, self.precision.dtype)
-        flops = 2 * tokens * linear.out_features * linear.in_features
-        return max(flops / speed.flops, self._weight_bytes(linear) / speed.bytes_per_s) / group.degree
-
-    def _attention_s(self, block: Block, group: Group, *, prefill: bool) -> float:
-        """Two products with the cache, 4 FLOPs a channel of the queries and token seen; the cache is read once."""
-        speed = speed_of(group, None, self.precision.dtype)
-        prompt, window = self.workload.prompt, block.attention.window
-        if prefill:
-            near = prompt if window is None else min(prompt, window)
-            seen = (near * (near + 1) / 2 + (prompt - near) * near) / self.cut.parts
-            read = seen / self._chunk
-        else:
-            context = prompt + self.workload.output // 2  # on average
-            seen = read = context if window is None else min(context, window)
-        flops = 4 * block.attention.q_size * seen * self.cut.batch
-        size = 2 * block.attention.kv_size * read * self.cut.batch * self.precision.value_bytes
-        return max(flops / speed.flops, size / speed.bytes_per_s) / group.degree
+    def _product_s(self, linear: Linear, group: Group, step: "_Step", *, writes: bool = False) -> float:
+        speed = speed_of(group, self.precision.schemes.get(linear.name), self.precision.dtype)
+        rows, columns, size = share_of(linear, self._weight_bytes(linear, group), group.degree, writes=writes)
+        product = Product(
+            rows=rows,
+            columns=columns,
+            weight_bytes=size,
+            tokens=step.all_tokens,
+            value_bytes=self.precision.value_bytes,
+        )
+        return product_s(product, speed)
 
     def _kv_bytes(self, block: Block) -> float:
         context, window = self.workload.context, block.attention.window
         kept = context if window is None else min(context, window)
         return 2 * block.attention.kv_size * kept * self.cut.sequences * self.precision.value_bytes
 
-    def _weight_bytes(self, linear: Linear) -> float:
+    def _weight_bytes(self, linear: Linear, group: Group) -> float:
         scheme = self.precision.schemes.get(linear.name)
-        values = linear.out_features * linear.in_features
-        weights = (
-            values * self.precision.value_bytes
-            if scheme is None
-            else stored_bytes(linear.out_features, linear.in_features, scheme)
-        )
-        return weights + (linear.out_features * self.precision.value_bytes if linear.bias else 0)
+        size = self._stored_bytes(linear.out_features, linear.in_features, scheme, group)
+        return size + (linear.out_features * self.precision.value_bytes if linear.bias else 0)
 
-    def _table_bytes(self) -> float:
-        embedding, scheme = self.spec.embedding, self.precision.schemes.get(self.spec.embedding.name)
-        if scheme is None:
-            return embedding.vocab_size * embedding.width * self.precision.value_bytes
-        return stored_bytes(embedding.vocab_size, embedding.width, scheme)
+    def _table_bytes(self, group: Group) -> float:
+        embedding = self.spec.embedding
+        scheme = self.precision.schemes.get(embedding.name)
+        return self._stored_bytes(embedding.vocab_size, embedding.width, scheme, group)
+
+    def _stored_bytes(self, rows: int, columns: int, scheme: Scheme | None, group: Group) -> float:
+        """Of a matrix; codes that a device has no products for may become floats there."""
+        own = None if scheme is None else _own_speed(group.device, scheme)
+        if scheme is None or (own is None and group.device.expands):
+            return rows * columns * self.precision.value_bytes
+        multiple = 1 if own is None else own.padded_to
+        return stored_bytes(rows, -(-columns // multiple) * multiple, scheme)
 
     def _hidden_bytes(self, tokens: int) -> float:
         return float(tokens * self.spec.hidden_size * self.precision.value_bytes)
 
-    def _activation_bytes(self, degree: int) -> float:
-        """At the widest place of a block: its input twice, and what its products give; or the logits."""
-        tokens = self.cut.batch * self._chunk
-        widest = max(
-            max(sum(one.out_features for one in branch) for branch in (block.attention.inputs, block.mlp.inputs))
-            for block in self.spec.blocks
-        )
-        inside = tokens * (2 * self.spec.hidden_size + 1.5 * widest / degree) * self.precision.value_bytes
-        return max(inside, self.cut.batch * self.spec.vocab_size * _LOGIT_BYTES / degree)
+    def _activation_bytes(self, group: Group) -> float:
+        """At the widest place of a block, or the logits; and what the allocator keeps beside."""
+        tokens, pairs = self.cut.batch * self._chunk, self._chunk * self.workload.prompt
+        value, degree = self.precision.value_bytes, group.degree
+        shapes = {self._signature(block): block for block in self.spec.blocks}
+        inside = max(activation_bytes(block, tokens, pairs, value, degree) for block in shapes.values())
+        logits = self.cut.batch * self.spec.vocab_size * _LOGIT_BYTES / degree
+        schemes = {None, *self.precision.schemes.values()}
+        scratch = max(speed_of(group, scheme, self.precision.dtype).scratch_mb for scheme in schemes)
+        return max(inside, logits) + scratch * 1e6
+
+
+_Item = tuple[float, float, float, float]  # seconds of a prefill and of a token, bytes of weights and cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What goes through a block at once: `tokens` of each sequence, which see so many; stages `together` or in turn."""
+
+    sequences: int
+    tokens: int
+    seen: float
+    together: bool
+
+    @property
+    def all_tokens(self) -> int:
+        return self.sequences * self.tokens
+
+    def keeps(self, group: Group) -> float:
+        """What the device's speed comes to."""
+        if not self.together and group.degree == 1:
+            return group.device.waking if self.all_tokens == self.sequences else 1.0
+        return group.device.shared if self.all_tokens > 1 else group.device.shared_token
+
+
+def _own_speed(device: DeviceClass, scheme: Scheme) -> Speed | None:
+    """That of a scheme itself, where it is known."""
+    known = device.speeds.items()
+    return next((speed for name, speed in known if name not in DTYPE_BYTES and parse_scheme(name) == scheme), None)
 
 
 def speed_of(group: Group, scheme: Scheme | None, dtype: str) -> Speed:
@@ -255,9 +321,9 @@ def speed_of(group: Group, scheme: Scheme | None, dtype: str) -> Speed:
     """
     speeds = group.device.speeds
     if scheme is not None:
-        for name, speed in speeds.items():
-            if name not in DTYPE_BYTES and parse_scheme(name) == scheme:
-                return speed
+        own = _own_speed(group.device, scheme)
+        if own is not None:
+            return own
         if scheme.activation_bits == 8:
             raise _unknown_speed(group, scheme.name)
     if dtype not in speeds:

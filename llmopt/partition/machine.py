@@ -66,6 +66,7 @@ class Machine:
     def _kind(self, group: Group, metric: Metric) -> Kind:
         costs = self.item_costs(group)
         back_s = self._back_s()
+        waking_s = (1 - costs.awake) * float(costs.decode_s.sum())
         prefill_s, decode_s = costs.prefill_s.copy(), costs.decode_s.copy()
         prefill_s[-1] += back_s / self.costs.cut.parts
         decode_s[-1] += back_s
@@ -73,8 +74,8 @@ class Machine:
             time=prefix(self._mixed(metric, prefill_s, decode_s)),
             memory=prefix(costs.weight_bytes + costs.kv_bytes),
             capacity=group.device.usable_bytes - costs.activation_bytes,
-            alone_s=float(self._mixed(metric, np.array(back_s / self.costs.cut.parts), np.array(back_s))),
-            alone_bytes=self.costs.tied_bytes / group.degree,
+            alone_s=float(self._mixed(metric, np.array(back_s / self.costs.cut.parts), np.array(back_s + waking_s))),
+            alone_bytes=costs.tied_bytes,
         )
 
     def _mixed(self, metric: Metric, prefill_s: Array, decode_s: Array) -> Array:
@@ -134,9 +135,10 @@ class Machine:
             part = slice(piece.first, piece.stop)
             inside = device.node == node
             hops = [self.hops_s(metric, device.node)[0 if inside else 1] for metric in ("ttft", "tpot")]
-            prefill_hop_s, decode_hop_s = hops if number else (0.0, 0.0)
-            tied = self.costs.tied_bytes / piece.degree if len(pieces) == 1 else 0.0
             back_s = self._back_s() if piece.stop == items and len(pieces) > 1 else 0.0
+            prefill_hop_s, decode_hop_s = hops if number else (0.0, 0.0)
+            prefill_hop_s, decode_hop_s = prefill_hop_s + back_s / self.costs.cut.parts, decode_hop_s + back_s
+            tied, awake = (costs.tied_bytes, costs.awake) if len(pieces) == 1 else (0.0, 1.0)
             yield Stage(
                 devices=tuple(one.name for one in devices[piece.slot : piece.slot + piece.degree]),
                 tp=piece.degree,
@@ -146,8 +148,10 @@ class Machine:
                 weight_bytes=round(float(costs.weight_bytes[part].sum()) - tied),
                 kv_bytes=round(float(costs.kv_bytes[part].sum())),
                 activation_bytes=round(costs.activation_bytes),
-                prefill_ms=_MS * (float(costs.prefill_s[part].sum()) + prefill_hop_s + back_s / self.costs.cut.parts),
-                decode_ms=_MS * (float(costs.decode_s[part].sum()) + decode_hop_s + back_s),
+                prefill_ms=_MS * (float(costs.prefill_s[part].sum()) + prefill_hop_s),
+                decode_ms=_MS * (float(costs.decode_s[part].sum()) * awake + decode_hop_s),
+                prefill_hop_ms=_MS * prefill_hop_s,
+                decode_hop_ms=_MS * decode_hop_s,
             )
             node = device.node
 

@@ -24,7 +24,7 @@ def explain(settings: Settings, devices: Sequence[Device], degrees: Sequence[int
 
 def _what_is_in_the_way(model: Model, machine: Machine, devices: Sequence[Device]) -> str:
     costs = machine.item_costs(machine.group(devices[0], 1))
-    weights, cache = float(costs.weight_bytes.sum()) - machine.costs.tied_bytes, float(costs.kv_bytes.sum())
+    weights, cache = float(costs.weight_bytes.sum()) - costs.tied_bytes, float(costs.kv_bytes.sum())
     parts = f"{_size(weights)} of weights and {_size(cache)} of cache"
     rooms = [_room(machine, device) for device in devices]
     if max(rooms) <= 0:

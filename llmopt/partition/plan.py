@@ -40,7 +40,8 @@ class Workload:
 class Stage:
     """Blocks `layers[0]` to `layers[1]`, exclusive, on `tp` devices of one class.
 
-    Bytes are those on each of the devices. Times are those of one micro-batch, receiving it included.
+    Bytes are those on each of the devices. Times are those of one micro-batch, receiving it included, which takes the
+    hop; for the last stage that is also the token's way back.
     """
 
     devices: tuple[str, ...]
@@ -53,6 +54,8 @@ class Stage:
     activation_bytes: Size
     prefill_ms: Time
     decode_ms: Time
+    prefill_hop_ms: Time = 0.0
+    decode_hop_ms: Time = 0.0
 
     @property
     def memory_bytes(self) -> int:

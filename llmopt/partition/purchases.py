@@ -80,4 +80,4 @@ def _dot(counts: Sequence[int], values: Sequence[float]) -> float:
 def memory_needed(machine: Machine, devices: Sequence[Device]) -> float:
     """Weights and cache, wherever they are; a tied table once."""
     costs = machine.item_costs(machine.group(devices[0], 1))
-    return float(costs.weight_bytes.sum() + costs.kv_bytes.sum()) - machine.costs.tied_bytes
+    return float(costs.weight_bytes.sum() + costs.kv_bytes.sum()) - costs.tied_bytes

@@ -8,7 +8,7 @@ from llmopt.artifact import check_destination
 from llmopt.errors import ArtifactError, UsageError, near_match
 from llmopt.model.source import ModelSource
 from llmopt.model.spec import ModelSpec
-from llmopt.partition.cluster import load_cluster
+from llmopt.partition.cluster import load_cluster, uncounted
 from llmopt.partition.cost import DTYPE_BYTES, Precision
 from llmopt.partition.engines import ENGINES, export
 from llmopt.partition.joint import choose_schemes
@@ -103,6 +103,7 @@ def find_plan(request: PartitionRequest, progress: Progress) -> PartitionResult:
     )
     with progress.task("searching for the plan"):
         plan = Search(model=model, cluster=cluster, workload=workload, wanted=wanted).plan()
+    plan = replace(plan, notes=(*plan.notes, *uncounted(cluster)))
     if request.joint:
         plan = replace(plan, notes=(*plan.notes, "schemes chosen for the least estimated loss that fits"))
     return PartitionResult(plan=plan, exported=_exported(plan, source, request, progress))

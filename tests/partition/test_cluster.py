@@ -3,7 +3,7 @@
 import pytest
 
 from llmopt.errors import RecipeError
-from llmopt.partition.cluster import cluster_from_json, known_devices, load_cluster, to_json
+from llmopt.partition.cluster import cluster_from_json, known_devices, load_cluster, to_json, uncounted
 
 FILE = """\
 schema: llmopt.cluster/1
@@ -68,3 +68,17 @@ def test_a_mistake_is_named_with_what_was_meant(load, old, new, what, hint):
     assert what in caught.value.what
     assert "c.yaml:" in caught.value.where
     assert hint is None or hint in caught.value.hint
+
+
+def test_a_note_says_of_which_classes_only_products_are_known():
+    assert uncounted(cluster_from_json(WHOLE)) == ["what passes between products is not known, and not counted: bare"]
+
+
+WHOLE = {
+    "schema": "llmopt.cluster/1",
+    "devices": {
+        "bare": {"memory_gb": 8, "speeds": {"float32": {"tflops": 1, "gb_per_s": 10}}},
+        "known": {"memory_gb": 8, "passing_gb_per_s": 9, "speeds": {"float32": {"tflops": 1, "gb_per_s": 10}}},
+    },
+    "nodes": [{"name": "a", "devices": {"bare": 1, "known": 1}, "link": {"latency_us": 1, "gb_per_s": 1}}],
+}

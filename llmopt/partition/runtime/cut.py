@@ -13,7 +13,7 @@ from torch import Tensor
 from llmopt.model.checkpoint import Tensors
 from llmopt.model.spec import Block, Linear, ModelSpec, TensorSpec
 
-_READ_AT_ONCE = 1 << 24  # values of which a rank keeps some columns
+_READ_AT_ONCE = 1 << 20  # values of which a rank keeps some columns
 
 Range = tuple[int, int]
 
@@ -51,7 +51,8 @@ class Cut:
         if not self.ranges or len(self.tensor.shape) == 1:
             return self.take(tensors.read(self.tensor))
         if self.axis == 0:
-            return torch.cat([tensors.read_rows(self.tensor, start, stop) for start, stop in self.ranges])
+            parts = [tensors.read_rows(self.tensor, start, stop) for start, stop in self.ranges]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         rows, columns = self.tensor.shape
         at_once = max(1, _READ_AT_ONCE // columns)
         kept = torch.empty(self.shape)

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from statistics import geometric_mean
 
-from llmopt.partition.cluster import Cluster, DeviceClass
+from llmopt.partition.cluster import Cluster
+from llmopt.partition.device import DeviceClass, Speed
 from llmopt.partition.plan import Plan
 from llmopt.pipeline.launching.plans import cluster_of, device_of
 from llmopt.pipeline.launching.result import LaunchResult, StageResult
+from llmopt.recipe.schema import Section
 
 _DIGITS = 4
 
@@ -14,8 +16,9 @@ _DIGITS = 4
 def calibrated(plan: Plan, result: LaunchResult) -> Cluster:
     """The plan's cluster, with speeds by which its stages would have been predicted as they were measured.
 
-    Prefill corrects the operations a second, decode the bytes a second, of all kinds of weights alike. A class with
-    several stages is corrected by the geometric mean of theirs; one that did not run, or was not predicted, stays.
+    Prefill corrects what several tokens take, decode what one takes and what a call costs, of all kinds of weights
+    alike. A class with several stages is corrected by the geometric mean of theirs; one that did not run, or was not
+    predicted, stays.
     """
     cluster = cluster_of(plan)
     stages: dict[str, list[StageResult]] = {}
@@ -27,13 +30,28 @@ def calibrated(plan: Plan, result: LaunchResult) -> Cluster:
 
 def _corrected(device: DeviceClass, stages: list[StageResult]) -> DeviceClass:
     prefill, decode = (geometric_mean(list(_ratios(stages, name)) or [1.0]) for name in ("prefill_ms", "decode_ms"))
-    speeds = {
-        kind: speed.model_copy(
-            update={"tflops": _rounded(speed.tflops * prefill), "gb_per_s": _rounded(speed.gb_per_s * decode)}
-        )
-        for kind, speed in device.speeds.items()
-    }
-    return device.model_copy(update={"speeds": speeds, "source": "measured"})
+    return device.model_copy(
+        update={
+            **_changed(device, launch_us=1 / decode, passing_gb_per_s=prefill),
+            "speeds": {kind: _corrected_speed(speed, prefill, decode) for kind, speed in device.speeds.items()},
+            "attention": None
+            if device.attention is None
+            else device.attention.model_copy(update=_changed(device.attention, tflops=prefill, gb_per_s=decode)),
+            "source": "measured",
+        }
+    )
+
+
+def _corrected_speed(speed: Speed, prefill: float, decode: float) -> Speed:
+    many = _changed(speed, tflops=prefill, packing_gb_per_s=prefill, passing_gb_per_s=prefill)
+    one = _changed(speed, gb_per_s=decode, row_ns=1 / decode, call_us=1 / decode)
+    return speed.model_copy(update=many | one)
+
+
+def _changed(section: Section, **factors: float) -> dict[str, float]:
+    """What is known of these numbers, each times its factor."""
+    known = {name: getattr(section, name) for name in factors}
+    return {name: _rounded(value * factors[name]) for name, value in known.items() if value is not None}
 
 
 def _ratios(stages: list[StageResult], name: str) -> Iterator[float]:

@@ -21,6 +21,7 @@ from llmopt.partition.runtime.trace import Spent, Trace
 from llmopt.partition.runtime.watch import Watch
 from llmopt.partition.runtime.wire import Wire
 from llmopt.pipeline.launching.job import Job
+from llmopt.pipeline.launching.warm import warm_up
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -78,6 +79,7 @@ def run_rank(job: Job, build: Build, fail: Fail) -> Outcome | None:
         seat = layout.seat(rank)
         with _losing(layout, trace):
             wire = Wire(layout, seat, device, trace)
+        warm_up(device)
         start_bytes, start = _held_bytes(device), time.perf_counter()
         stage, weight_bytes = build(seat, wire, trace.advance)
         load_s = time.perf_counter() - start

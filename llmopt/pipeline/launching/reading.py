@@ -11,8 +11,8 @@ from llmopt.model.checkpoint import Tensors
 from llmopt.model.spec import Linear
 from llmopt.partition.runtime.cut import Cut
 from llmopt.pipeline.stored_weights import StoredWeights
+from llmopt.quantize.by_rows import round_in_place, rounded
 from llmopt.quantize.int8 import sums_fit
-from llmopt.quantize.rtn import Rtn
 from llmopt.quantize.scheme import Scheme
 from llmopt.quantize.weights import QuantizedWeight
 
@@ -47,10 +47,10 @@ class RoundedAsRead:
         """
         _, columns = sides(cut, linear)
         stored = self.floats(Cut(cut.tensor) if columns else cut)
-        weight = Rtn().quantize(as_product(stored, linear), scheme)
         if scheme.activation_bits == 8:
+            weight = rounded(as_product(stored, linear), scheme)
             return _some_columns(weight, columns) if columns else weight
-        floats = as_product(weight.dequantize(), linear)
+        floats = as_product(round_in_place(as_product(stored, linear), scheme), linear)
         return cut.take(floats) if columns else floats
 
 

@@ -106,8 +106,13 @@ def _stage_result(stage: Stage, job: Job, reports: Sequence[RankReport], *, as_p
     return StageResult(
         devices=stage.devices,
         layers=stage.layers,
-        prefill_ms=compared(stage.prefill_ms, (_busy_ms(each, slice(0, 1), job.cut.count) for each in reports)),
-        decode_ms=compared(stage.decode_ms, (_busy_ms(each, slice(1, None), job.cut.sequences) for each in reports)),
+        prefill_ms=compared(
+            stage.prefill_ms - stage.prefill_hop_ms, (_busy_ms(each, slice(0, 1), job.cut.count) for each in reports)
+        ),
+        decode_ms=compared(
+            stage.decode_ms - stage.decode_hop_ms,
+            (_busy_ms(each, slice(1, None), job.cut.sequences) for each in reports),
+        ),
         memory_bytes=compared(stage.memory_bytes, map(_grown_bytes, reports)),
         prefill_sent_bytes=sum(phase.sent_bytes for phase in prefills),
         decode_sent_bytes=sum(phase.sent_bytes for phase in decodes),

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmopt.engine.blocks import Apply, Weights, plain
 from llmopt.engine.torch import Tensors
 from llmopt.errors import UnsupportedError
+from llmopt.measure.memory import give_back
 from llmopt.model.spec import Linear, ModelSpec, TensorSpec
 from llmopt.partition.runtime.cut import Cut
 from llmopt.pipeline.launching.reading import Reading, as_product, sides
@@ -83,17 +84,19 @@ def read_weights(
         name = cut.tensor.name
         if name not in schemes:
             found.floats[name] = placed(reading.floats(cut))
-            continue
-        linear, scheme = schemes[name]
-        weight = reading.quantized(cut, linear, scheme)
-        if not isinstance(weight, QuantizedWeight):
-            found.floats[name] = placed(weight)
-        elif scheme.activation_bits == 8:
-            found.products[linear.name] = Int8Product(weight, symmetric=symmetric)
-            if sides(cut, linear)[1]:
-                found.writers.add(linear.name)
         else:
-            found.floats[name] = placed(as_product(weight.dequantize(), linear))
+            linear, scheme = schemes[name]
+            weight = reading.quantized(cut, linear, scheme)
+            if not isinstance(weight, QuantizedWeight):
+                found.floats[name] = placed(weight)
+            elif scheme.activation_bits == 8:
+                found.products[linear.name] = Int8Product(weight, symmetric=symmetric)
+                if sides(cut, linear)[1]:
+                    found.writers.add(linear.name)
+            else:
+                found.floats[name] = placed(as_product(weight.dequantize(), linear))
+            del weight
+        give_back()  # what reading and rounding took
     return found
 
 

@@ -1,22 +1,25 @@
 """What was measured, as a cluster file of one node."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
-from llmopt.partition.cluster import SCHEMA, Cluster, DeviceClass, Link, Node, Speed, to_json
+from llmopt.partition.cluster import SCHEMA, Cluster, Node, to_json
+from llmopt.partition.device import Attending, DeviceClass, Link, Speed
 from llmopt.pipeline.probing import links
 from llmopt.pipeline.probing.probe import DeviceProbe, Probe
 
 NODE = "here"
 _DIGITS = 4
+_Some = TypeVar("_Some", Speed, Attending)
 _COMMENT = "# Measured by llmopt probe. Edit what you know better; llmopt partition plans with what stands here.\n"
 
 
 def cluster(probe: Probe) -> Cluster:
     """One class of devices, as many as there are ranks.
 
-    Speeds are those of a rank while all others do the same, as the ranks of a stage and full pipelines do.
+    Speeds are those of a rank alone; `shared` says what is left of them while all others do the same.
     """
     kind = "gpu" if probe.device.is_gpu else "cpu"
     node = Node(name=NODE, devices={kind: probe.ranks}, link=_link(probe.messages), sums=_link(probe.sums))
@@ -30,16 +33,23 @@ def write_cluster(found: Cluster, path: Path, comment: str = _COMMENT) -> None:
 
 
 def _device_class(device: DeviceProbe) -> DeviceClass:
-    speeds = {
-        kind: Speed(tflops=_rounded(speed.flops / 1e12), gb_per_s=_rounded(speed.bytes_per_s / 1e9))
-        for kind, speed in device.together.speeds.items()
-    }
+    rest = device.compute.rest
     return DeviceClass(
         memory_gb=_rounded(device.memory_bytes / 1e9),
         reserved_gb=_rounded(device.process_bytes / 1e9),
-        speeds=speeds,
-        launch_us=_rounded(1e6 * device.together.block_s),
+        speeds={kind: _rounded_all(speed) for kind, speed in device.compute.speeds.items()},
+        launch_us=_rounded(1e6 * rest.launch_s),
+        attention=_rounded_all(rest.attention),
+        passing_gb_per_s=None if rest.passing_bytes_per_s is None else _rounded(rest.passing_bytes_per_s / 1e9),
+        shared=_rounded(min(1.0, device.alone.many_s / device.together.many_s)),
+        shared_token=_rounded(min(1.0, device.alone.token_s / device.together.token_s)),
+        waking=_rounded(min(1.0, device.alone.token_s / device.together.turn_s)),
+        expands=True,  # torch has no products with codes of weights alone
     )
+
+
+def _rounded_all(section: _Some) -> _Some:
+    return section.model_copy(update={name: _rounded(value) for name, value in section if isinstance(value, float)})
 
 
 def _link(link: links.Link | None) -> Link | None:

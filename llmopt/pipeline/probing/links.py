@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 SMALL_BYTES, LARGE_BYTES = 1 << 12, 1 << 22
-_REPEATS = 30
+_SECONDS, _LEAST, _MOST = 1.0, 5, 200  # for each size
+_TURNS = 25
 _FLOAT_BYTES = 4
 
 
@@ -35,7 +36,7 @@ def measure_messages(rank: int, device: torch.device) -> Link:
                 dist.recv(values, 0)
                 dist.send(values, 0)
 
-        return _median_s(once) / 2
+        return _mean_s(once, device) / 2
 
     return _link(there_and_back)
 
@@ -45,9 +46,29 @@ def measure_sums(device: torch.device) -> Link:
 
     def add_up(size_bytes: int) -> float:
         values = torch.zeros(size_bytes // _FLOAT_BYTES, device=device)
-        return _median_s(lambda: dist.all_reduce(values))
+        return _mean_s(lambda: dist.all_reduce(values), device)
 
     return _link(add_up)
+
+
+def in_turns(work: Callable[[], object], rank: int, device: torch.device) -> float:
+    """Ranks 0 and 1 work in turns, each when the other is done; how long the work takes then. Call it on all ranks."""
+    word = torch.zeros(1, device=device)
+    spent_s: list[float] = []
+    dist.barrier()
+    for _ in range(_TURNS if rank < 2 else 0):
+        if rank == 1:
+            dist.recv(word, 0)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent_s.append(time.perf_counter() - start)
+        dist.send(word, 1 - rank)
+        if rank == 0:
+            dist.recv(word, 1)
+    dist.barrier()
+    return median(spent_s) if spent_s else 0.0
 
 
 def _link(seconds: Callable[[int], float]) -> Link:
@@ -56,11 +77,18 @@ def _link(seconds: Callable[[int], float]) -> Link:
     return Link(latency_s=max(small_s - SMALL_BYTES * byte_s, 0.0), bytes_per_s=1 / byte_s)
 
 
-def _median_s(once: Callable[[], None]) -> float:
+def _mean_s(once: Callable[[], None], device: torch.device) -> float:
+    """The mean of as many calls as rank 0 says that there is time for.
+
+    Not the median: who waits for another process waits long at times, and a run adds up all of it.
+    """
     dist.barrier()
-    found = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
+    once()
+    start = time.perf_counter()
+    once()
+    count = torch.tensor([min(max(_LEAST, int(_SECONDS / (time.perf_counter() - start))), _MOST)], device=device)
+    dist.broadcast(count, 0)
+    start = time.perf_counter()
+    for _ in range(int(count)):
         once()
-        found.append(time.perf_counter() - start)
-    return median(found[_REPEATS // 3 :])
+    return (time.perf_counter() - start) / int(count)

@@ -1,8 +1,8 @@
 """`llmopt probe`: every rank of this machine measured, alone and with the others, and the links between them."""
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,8 +16,9 @@ from llmopt.measure.host import describe_host, usable_cores
 from llmopt.measure.memory import available_bytes, resident_bytes
 from llmopt.partition.runtime.layout import Layout, StageLayout
 from llmopt.pipeline.launching.supervise import run_processes
-from llmopt.pipeline.probing.compute import Compute, measure_compute
-from llmopt.pipeline.probing.links import Link, measure_messages, measure_sums
+from llmopt.pipeline.launching.warm import warm_up
+from llmopt.pipeline.probing.compute import Compute, Working, measure_compute, measure_working
+from llmopt.pipeline.probing.links import Link, in_turns, measure_messages, measure_sums
 from llmopt.progress import Progress
 
 TIMEOUT_S = 60.0
@@ -32,14 +33,15 @@ class ProbeRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProbe:
-    """One rank's share of the machine. `together` is what it does while all others do the same."""
+    """One rank's share of the machine: what it does alone, and while all others do the same."""
 
     name: str
     is_gpu: bool
     memory_bytes: int
     process_bytes: int
-    alone: Compute
-    together: Compute
+    compute: Compute
+    alone: Working
+    together: Working
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ _PROBE = TypeAdapter(Probe)
 
 
 def probe(request: ProbeRequest, progress: Progress) -> Probe:
-    """Measure this machine; takes some ten seconds.
+    """Measure this machine; takes some half a minute.
 
     Raises:
         UsageError: there are fewer cores or GPUs than ranks.
@@ -77,23 +79,26 @@ def probe(request: ProbeRequest, progress: Progress) -> Probe:
 
 def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
     """What one rank does of it; the first writes what was found."""
+    warm_up(device)
     process_bytes = resident_bytes()
-    if rank == 0:
-        alone = measure_compute(device)
+    compute = measure_compute(device) if rank == 0 else None
+    alone = measure_working(device) if rank == 0 else None
     dist.barrier()
-    together = measure_compute(device)
+    turn = partial(in_turns, rank=rank, device=device) if ranks > 1 else None
+    together = measure_working(device, turn)
     dist.barrier()
     messages, sums = (measure_messages(rank, device), measure_sums(device)) if ranks > 1 else (None, None)
-    if rank == 0:
+    if compute is not None and alone is not None:
         found = DeviceProbe(
             name=_name(device),
             is_gpu=device.type == "cuda",
             memory_bytes=_memory_bytes(device, ranks),
             process_bytes=process_bytes,
+            compute=compute,
             alone=alone,
-            together=together,
+            together=together if ranks > 1 else alone,
         )
-        path.write_text(json.dumps(asdict(Probe(ranks=ranks, device=found, messages=messages, sums=sums))))
+        path.write_bytes(_PROBE.dump_json(Probe(ranks=ranks, device=found, messages=messages, sums=sums)))
 
 
 def _name(device: torch.device) -> str:

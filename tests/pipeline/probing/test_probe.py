@@ -7,19 +7,29 @@ from llmopt.cli.app import app
 from llmopt.cli.outcome import run
 from llmopt.errors import UsageError
 from llmopt.partition.cluster import load_cluster
-from llmopt.pipeline.probing import compute
+from llmopt.partition.device import Attending, Speed
+from llmopt.partition.work import Product, product_s
+from llmopt.pipeline.probing import compute, timing
 from llmopt.pipeline.probing.cluster_file import cluster, write_cluster
-from llmopt.pipeline.probing.compute import Compute, Speed, kinds, measure_compute
+from llmopt.pipeline.probing.compute import Compute, Rest, Working, _speed, _Timed, kinds, measure_compute
+from llmopt.pipeline.probing.fit import fitted, per_second
 from llmopt.pipeline.probing.links import LARGE_BYTES, SMALL_BYTES, Link, _link
 from llmopt.pipeline.probing.probe import DeviceProbe, Probe, ProbeRequest, probe
 from llmopt.progress import Silent
 
-ALONE = Compute(speeds={"float32": Speed(flops=5e10, bytes_per_s=1e10)}, block_s=1e-4)
-IDLE = Compute(speeds={"float32": Speed(flops=9e10, bytes_per_s=9e10)}, block_s=9e-4)
 FOUND = Probe(
     ranks=2,
     device=DeviceProbe(
-        name="a core", is_gpu=False, memory_bytes=10**9, process_bytes=10**8, alone=IDLE, together=ALONE
+        name="a core",
+        is_gpu=False,
+        memory_bytes=10**9,
+        process_bytes=10**8,
+        compute=Compute(
+            speeds={"float32": Speed(tflops=0.05, gb_per_s=10, row_ns=100, packing_gb_per_s=8, call_us=3)},
+            rest=Rest(launch_s=1e-4, passing_bytes_per_s=2e10, attention=Attending(tflops=0.04, gb_per_s=7)),
+        ),
+        alone=Working(many_s=0.9, token_s=0.8, turn_s=0.8),
+        together=Working(many_s=1.0, token_s=0.4, turn_s=1.0),
     ),
     messages=Link(latency_s=1e-4, bytes_per_s=1.23456e9),
     sums=Link(latency_s=2e-4, bytes_per_s=1e9),
@@ -27,14 +37,37 @@ FOUND = Probe(
 
 
 def test_a_device_is_measured_in_every_kind_that_it_computes_with(monkeypatch):
-    monkeypatch.setattr(compute, "_SECONDS", 0.0)
-    monkeypatch.setattr(compute, "_BEYOND_CACHES_BYTES", 1 << 24)
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(compute, "BEYOND_CACHES_BYTES", 1 << 24)
     found = measure_compute(torch.device("cpu"))
     assert tuple(found.speeds) == kinds(torch.device("cpu"))
     for speed in found.speeds.values():
         assert 1e8 < speed.flops < 1e14
         assert 1e7 < speed.bytes_per_s < 1e13
-    assert 1e-6 < found.block_s < 1
+    assert 0 <= found.rest.launch_s < 1
+    assert 1e8 < 1e12 * found.rest.attention.tflops < 1e15
+
+
+def test_speeds_are_found_from_the_times_that_they_give():
+    given = Speed(tflops=0.09, gb_per_s=20, row_ns=120, packing_gb_per_s=10, passing_gb_per_s=6, call_us=70)
+    timed = [
+        _Timed(
+            rows=rows, columns=columns, tokens=tokens, weight_bytes=4 * rows * columns, seconds=product_s(each, given)
+        )
+        for rows, columns in compute.SHAPES
+        for tokens in compute.TOKENS
+        for each in [Product(rows=rows, columns=columns, weight_bytes=4 * rows * columns, tokens=tokens, value_bytes=4)]
+    ]
+    found = _speed(timed, "float32")
+    for name in ("tflops", "gb_per_s", "row_ns", "packing_gb_per_s", "passing_gb_per_s", "call_us"):
+        assert getattr(found, name) == pytest.approx(getattr(given, name), rel=1e-3)
+
+
+def test_what_explains_nothing_costs_nothing():
+    costs = fitted({"a": [1.0, 2.0, 3.0], "b": [1.0, 1.0, 1.0]}, [2.0, 4.0, 6.0])
+    assert costs["a"] == pytest.approx(2)
+    assert per_second(0.0) is None
+    assert costs["b"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_link_is_a_line_through_two_sizes():
@@ -45,7 +78,7 @@ def test_a_link_is_a_line_through_two_sizes():
     assert SMALL_BYTES < LARGE_BYTES
 
 
-def test_the_cluster_file_says_what_was_found_while_all_ranks_work(tmp_path):
+def test_the_cluster_file_says_what_was_found_beside_others(tmp_path):
     path = tmp_path / "cluster.yaml"
     write_cluster(cluster(FOUND), path)
     read = load_cluster(path)
@@ -53,6 +86,11 @@ def test_the_cluster_file_says_what_was_found_while_all_ranks_work(tmp_path):
     device = read.device_class("cpu")
     assert device.speeds["float32"].flops == pytest.approx(5e10)
     assert device.speeds["float32"].bytes_per_s == pytest.approx(1e10)
+    assert device.speeds["float32"].packing_gb_per_s == pytest.approx(8)
+    assert device.attention == Attending(tflops=0.04, gb_per_s=7)
+    assert (device.passing_gb_per_s, device.shared, device.shared_token) == (pytest.approx(20), pytest.approx(0.9), 1)
+    assert device.waking == pytest.approx(0.8)
+    assert device.expands
     assert device.usable_bytes == pytest.approx(9e8)
     assert device.launch_s == pytest.approx(1e-4)
     assert len(read.all_devices()) == 2

@@ -1,0 +1,141 @@
+"""Blocks of made sizes, run as a stage runs them: what they take beside their products is read off the difference."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmopt.engine.blocks import KvCache, Turn, block_forward, plain
+from llmopt.measure.memory import give_back, resident_bytes
+from llmopt.model.spec import Attention, Block, Linear, Mlp, Norm, Rotary
+from llmopt.partition.work import Product, activation_bytes
+from llmopt.pipeline.probing.timing import median_s
+from llmopt.quantize.by_rows import rounded
+from llmopt.quantize.int8_torch import Int8Product
+from llmopt.quantize.scheme import parse_scheme
+
+_CAPACITY = 520
+_HEAD = 64
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Of a block: its width, its heads, and the channels of its MLP."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    inner: int
+
+
+SIZES = (Size(width=512, heads=8, kv_heads=4, inner=1536), Size(width=1024, heads=16, kv_heads=4, inner=2560))
+
+
+class Stack:
+    """Blocks of one size in float32, with more weights than caches hold."""
+
+    def __init__(self, size: Size, device: torch.device, beyond_bytes: int) -> None:
+        self.block = made_block(size)
+        self._device, self._size = device, size
+        one_bytes = sum(_FLOAT_BYTES * tensor.count for tensor in self.block.tensors())
+        self._weights = [self._drawn() for _ in range(beyond_bytes // one_bytes + 1)]
+        self._caches = [made_cache(size, device) for _ in self._weights]
+
+    def _drawn(self) -> dict[str, Tensor]:
+        return {tensor.name: torch.full(tensor.shape, 0.01, device=self._device) for tensor in self.block.tensors()}
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return len(self._weights)
+
+    def seconds(self, tokens: int, before: int, times: int = 1) -> float:
+        """Of one block, for new tokens of one sequence that has some already."""
+        return median_s(self.work(tokens, before), self._device, times) / self.blocks
+
+    def work(self, tokens: int, before: int) -> Callable[[], None]:
+        """All blocks, one behind the other."""
+        hidden_BTH, turn = made_inputs(self._size, tokens, self._device)
+
+        def step() -> None:
+            states_BTH = hidden_BTH
+            for weights, cache in zip(self._weights, self._caches, strict=True):
+                cache.length = before
+                states_BTH = block_forward(self.block, weights, states_BTH, turn, cache=cache)
+
+        return step
+
+
+def scratch_bytes(kind: str, tokens: int = 256) -> float:
+    """What a process comes to hold beside weights, cache and activations while a block multiplies in a kind."""
+    size, device = SIZES[-1], torch.device("cpu")
+    block = made_block(size)
+    weights = {tensor.name: torch.full(tensor.shape, 0.01) for tensor in block.tensors()}
+    apply = plain(weights)
+    if kind == "w8a8":
+        products = {
+            one.name: Int8Product(rounded(weights[one.weight.name], parse_scheme(kind))) for one in block.linears()
+        }
+        apply = lambda linear, x: products[linear.name](x)  # noqa: E731 (as short as it is)
+    hidden_BTH, turn = made_inputs(size, tokens, device)
+    give_back()
+    before = resident_bytes()
+    for _ in range(3):
+        cache = made_cache(size, device)
+        block_forward(block, weights, hidden_BTH, turn, apply=apply, cache=cache)
+    counted = activation_bytes(block, tokens, tokens**2, _FLOAT_BYTES)
+    counted += 2 * block.attention.kv_size * tokens * _FLOAT_BYTES
+    return max(0.0, resident_bytes() - before - counted)
+
+
+def made_cache(size: Size, device: torch.device) -> KvCache:
+    """An empty one."""
+    room = (1, size.kv_heads, _CAPACITY, _HEAD)
+    return KvCache(torch.zeros(room, device=device), torch.zeros(room, device=device))
+
+
+def made_inputs(size: Size, tokens: int, device: torch.device) -> tuple[Tensor, Turn]:
+    """Hidden states of one sequence, and no rotation."""
+    hidden_BTH = torch.ones(1, tokens, size.width, device=device)
+    return hidden_BTH, (torch.ones(tokens, _HEAD // 2, device=device), torch.zeros(tokens, _HEAD // 2, device=device))
+
+
+def made_block(size: Size) -> Block:
+    """A gated block with rotary embeddings, as most are."""
+
+    def linear(name: str, rows: int, columns: int) -> Linear:
+        return Linear(name=name, out_features=rows, in_features=columns)
+
+    def norm(name: str) -> Norm:
+        return Norm(name=name, size=size.width, eps=1e-6)
+
+    q_size, kv_size = size.heads * _HEAD, size.kv_heads * _HEAD
+    attention = Attention(
+        heads=size.heads,
+        kv_heads=size.kv_heads,
+        head_dim=_HEAD,
+        scale=_HEAD**-0.5,
+        inputs=tuple(linear(name, rows, size.width) for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size))),
+        output=linear("o", size.width, q_size),
+        rotary=Rotary(dim=_HEAD, theta=1e4),
+    )
+    mlp = Mlp(
+        inputs=(linear("gate", size.inner, size.width), linear("up", size.inner, size.width)),
+        down=linear("down", size.width, size.inner),
+        activation="silu",
+    )
+    return Block(index=0, attention_norm=norm("before"), attention=attention, mlp_norm=norm("between"), mlp=mlp)
+
+
+def products_of(block: Block, tokens: int) -> Iterator[Product]:
+    """Its products, in float32."""
+    for linear in block.linears():
+        yield Product(
+            rows=linear.out_features,
+            columns=linear.in_features,
+            weight_bytes=_FLOAT_BYTES * linear.out_features * linear.in_features,
+            tokens=tokens,
+            value_bytes=_FLOAT_BYTES,
+        )

@@ -1,0 +1,71 @@
+"""What neighbours, waiting and formats do to what a model costs."""
+
+import pytest
+
+from llmopt.model.families import spec_from_config
+from llmopt.partition.cluster import cluster_from_json
+from llmopt.partition.cost import Costs, Group, Precision, cut
+from llmopt.partition.device import DeviceClass, Link
+from llmopt.partition.plan import Workload
+from llmopt.partition.search import Model, Search, Wanted
+from llmopt.quantize.scheme import parse_scheme
+
+BARE = DeviceClass(memory_gb=8, speeds={"float32": {"tflops": 0.1, "gb_per_s": 10}})
+SLOWED = BARE.model_copy(update={"shared": 0.5, "shared_token": 0.8, "waking": 0.9})
+
+
+@pytest.fixture(scope="module")
+def spec():
+    config = {"model_type": "llama", "vocab_size": 500, "hidden_size": 256, "intermediate_size": 512}
+    config |= {"num_hidden_layers": 4, "num_attention_heads": 4, "tie_word_embeddings": True}
+    return spec_from_config(config | {"max_position_embeddings": 128})
+
+
+def costs(spec, device, *, micro_batches=1, sequences=1, degree=1, schemes=None):
+    work = Workload(prompt=64, output=8, batch=sequences)
+    precision = Precision(dtype="float32", schemes=schemes or {})
+    link = Link(latency_us=0, gb_per_s=1e6)
+    group = Group(device=device, kind="core", degree=degree, link=link)
+    return Costs(spec=spec, precision=precision, workload=work, cut=cut(micro_batches, sequences)).on(group)
+
+
+def test_neighbours_that_work_slow_a_device_and_those_that_wait_do_not(spec):
+    alone, slowed = costs(spec, BARE), costs(spec, SLOWED)
+    assert slowed.prefill_s[0] == pytest.approx(alone.prefill_s[0])
+    alone, slowed = (costs(spec, one, micro_batches=4) for one in (BARE, SLOWED))
+    assert slowed.prefill_s[0] == pytest.approx(alone.prefill_s[0] / 0.5)
+    alone, slowed = (costs(spec, one, degree=2) for one in (BARE, SLOWED))
+    assert slowed.decode_s[0] == pytest.approx(alone.decode_s[0] / 0.8, rel=1e-3)
+
+
+def test_a_device_that_waits_between_tokens_is_slower_and_one_that_never_waits_is_not(spec):
+    assert costs(spec, SLOWED).decode_s[0] == pytest.approx(costs(spec, BARE).decode_s[0] / 0.9)
+
+    def tpot_ms(device, split):
+        node = {"name": "here", "devices": {"core": 2}, "link": {"latency_us": 0, "gb_per_s": 1e6}}
+        content = {"schema": "llmopt.cluster/1", "devices": {"core": device.model_dump()}, "nodes": [node]}
+        model = Model(name="model", spec=spec, precision=Precision(dtype="float32", schemes={}))
+        wanted = Wanted(objective="tpot", split=split, micro_batches=1)
+        cluster, work = cluster_from_json(content), Workload(prompt=64, output=8)
+        return Search(model=model, cluster=cluster, workload=work, wanted=wanted).plan().predicted.tpot_ms
+
+    assert tpot_ms(SLOWED, (4,)) == pytest.approx(tpot_ms(BARE, (4,)))
+    assert tpot_ms(SLOWED, (2, 2)) == pytest.approx(tpot_ms(BARE, (2, 2)) / 0.9, rel=1e-3)
+
+
+def test_codes_without_products_take_the_memory_of_floats_where_they_expand(spec):
+    schemes = {linear.name: parse_scheme("w4a16") for linear in spec.blocks[0].linears()}
+    floats, codes = costs(spec, BARE), costs(spec, BARE, schemes=schemes)
+    expanded = costs(spec, BARE.model_copy(update={"expands": True}), schemes=schemes)
+    assert codes.weight_bytes[0] < floats.weight_bytes[0] / 1.5
+    assert expanded.weight_bytes[0] == floats.weight_bytes[0]
+
+
+def test_weights_that_a_kernel_pads_take_the_memory_of_what_it_pads_to(spec):
+    schemes = {linear.name: parse_scheme("w8a8") for linear in spec.blocks[0].linears()}
+    plain, padded = (
+        costs(spec, DeviceClass(memory_gb=8, speeds=BARE.model_dump()["speeds"] | {"w8a8": speed}), schemes=schemes)
+        for speed in ({"tflops": 1, "gb_per_s": 9}, {"tflops": 1, "gb_per_s": 9, "padded_to": 512})
+    )
+    wide = sum(2 * one.out_features * (one.in_features == 256) for one in spec.blocks[0].linears())
+    assert padded.weight_bytes[0] - plain.weight_bytes[0] == pytest.approx(128 * wide, rel=0.01)
