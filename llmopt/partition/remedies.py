@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from llmopt.partition.cluster import Cluster, Device, Link
+from llmopt.partition.cluster import Cluster, Device
 from llmopt.partition.cost import Precision
+from llmopt.partition.device import Link
 from llmopt.partition.layout import by_permuted_class
 from llmopt.partition.settings import Settings
 from llmopt.partition.solver.fixed import FixedOrder

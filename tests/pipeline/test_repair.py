@@ -110,7 +110,7 @@ def test_errors_are_those_of_the_kernel(tmp_path: Path) -> None:
             for x, y in zip(exact, rounded, strict=True)
         ]
     assert errors[first] == pytest.approx(np.median(np.concatenate(ratios)), rel=1e-3)
-    assert errors[UP] > 10 * errors[first]
+    assert errors[PRODUCT] > 10 * errors[first]
 
 
 def outputs_of(folder: Path, name: str, level: int) -> list[np.ndarray]:
@@ -138,6 +138,7 @@ def test_layers_say_what_became_of_them() -> None:
     spec = spec_of(CASES["mistral"])
     attention = "model.layers.0.self_attn"
     assert layers_of(f"{attention}.qkv_proj", spec) == [f"{attention}.{name}_proj" for name in "qkv"]
+    assert layers_of(PRODUCT, spec) == [GATE, UP]
     assert layers_of(UP, spec) == [UP]
     layers = tuple(LayerResult(name=name, scheme="w4a16", method="rtn", reason="asked") for name in (UP, GATE))
     told, other = with_reasons(layers, spec, {UP: 0.42})
