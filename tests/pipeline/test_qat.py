@@ -196,32 +196,23 @@ def test_the_artifact_says_what_the_fake_quantized_model_says(  # noqa: PLR0917
 
 
 @pytest.mark.parametrize("format_", ["onnx", "hf"])
-def test_so_does_one_whose_activations_are_rounded(tmp_path, students, format_):
-    """On the demo model, which knows what it says: of random weights the likeliest tokens are a rounding apart.
-
-    onnxruntime adds up in another order than torch, so now and then a value is rounded to its other neighbour, which
-    moves logits by 0.05 or so.
+def test_so_does_one_whose_activations_are_rounded_but_for_ties(tmp_path, students, format_):
+    """Engines add up in another order, so now and then a value is rounded to its other neighbour, and logits move a
+    little: what is said may then be another of two words that are as likely.
     """
     out = tmp_path / "out"
-    training = QatOptions(steps=6)
-    settings = {"method": "rtn+qat", "training": training, "calib_tokens": TOKENS, "format": format_, "threads": 1}
-    result = quantize(QuantizeRequest(model="demo", output=out, scheme=parse_scheme("w8a8"), **settings))
-    assert result.report.settings["training"]["best_steps"][0] > 0
+    settings = {"method": "rtn+qat", "training": QatOptions(steps=6), "calib_tokens": TOKENS, "format": format_}
+    quantize(QuantizeRequest(model="demo", output=out, scheme=parse_scheme("w8a8"), threads=1, **settings))
     tokenizer = open_tokenizer(open_source("demo"))
     prompts = np.array([tokenizer.encode(story.text)[:8] for story in documents("evaluation", PROMPTS)])
-    student, engine = logits_of(students[0]), engine_of(out, integers=True)
-    said = greedy(student, prompts)
-    if format_ == "hf":
-        assert greedy(engine.logits, prompts) == said
-        return
-    ids_BT = np.concatenate([prompts, said], 1)
-    expected, actual = student(ids_BT), np.asarray(engine.logits(ids_BT))
-    best_BT2 = np.sort(expected, -1)[..., -2:]
-    clear_BT = best_BT2[..., 1] - best_BT2[..., 0] > 0.2
-    assert clear_BT.mean() > 0.9
-    assert (expected.argmax(-1) == actual.argmax(-1))[clear_BT].all()
-    assert np.abs(expected - actual).max() < 0.5
-    assert sum(one == other for one, other in zip(greedy(engine.logits, prompts), said, strict=True)) > PROMPTS / 2
+    student = logits_of(students[0])
+    ids_BT = np.concatenate([prompts, greedy(student, prompts)], 1)
+    expected, actual = student(ids_BT), np.asarray(engine_of(out, integers=True).logits(ids_BT))
+    chosen_BT1 = actual.argmax(-1)[..., None]
+    behind_BT = expected.max(-1) - np.take_along_axis(expected, chosen_BT1, -1)[..., 0]
+    assert (behind_BT == 0).mean() > 0.98
+    assert behind_BT.max() < 0.1
+    assert np.abs(actual - expected).mean() < 0.02
 
 
 WORDS = ("--scheme", "w4a16", "--method", "rtn+qat", "--steps", "24", "--threads", "1", "--calib-tokens", str(TOKENS))
