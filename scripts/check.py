@@ -25,6 +25,7 @@ RECIPES = {
     "recipes/cast-cpu.yaml": 0,
     "recipes/cast-gpu.yaml": 0,
     "recipes/int2-qat.yaml": 0,
+    "recipes/int4-qat.yaml": 0,
     "recipes/int8-qat.yaml": 0,
     "recipes/partition.yaml": 0,
 }

@@ -31,7 +31,8 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> ExitCode:
-    """Do what a recipe says: quantize, plan, measure, and judge its gates.
+    """Do what a recipe says: quantize, plan, measure, judge.
+
 
     A step whose artifact is there already, whole and made from the same, is not done again. The report of all steps is
     written to report.json in the recipe's output folder.
