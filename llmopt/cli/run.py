@@ -33,7 +33,6 @@ def run(
 ) -> ExitCode:
     """Do what a recipe says: quantize, plan, measure, judge.
 
-
     A step whose artifact is there already, whole and made from the same, is not done again. The report of all steps is
     written to report.json in the recipe's output folder.
 
