@@ -11,6 +11,9 @@ from llmopt.model.source import CONFIG
 from llmopt.report.results import LayerResult, Report
 from llmopt.words import counted
 
+# Of an artifact's settings, those that no measurement replaces.
+MAKING = ("calibration", "basis", "budget", "training", "cast", "kernels", "verification")
+
 
 def keep(folder: Path, report: Report) -> None:
     """Write an artifact's own report, and its model card anew with what was measured."""
@@ -37,7 +40,7 @@ def kept_layers(folder: Path) -> tuple[LayerResult, ...]:
 def kept_settings(folder: Path) -> dict[str, Any]:
     """What the report of an artifact says of its making: what it was calibrated on, how well the export agreed."""
     settings = _kept(folder).get("settings", {})
-    return {name: settings[name] for name in ("calibration", "basis", "cast", "verification") if name in settings}
+    return {name: settings[name] for name in MAKING if name in settings}
 
 
 def _larger(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
