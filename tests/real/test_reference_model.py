@@ -70,7 +70,7 @@ def test_the_distribution_moves_by_little(report, scheme, most):
 
 
 def test_eight_bits_cost_less_than_a_percent(report):
-    """Kernels round activations to int8, 0.007 nats: how much of it shows depends on the text and on the CPU's kernel."""
+    """Kernels round activations to int8, 0.007 nats: how much of it shows depends on the text and the CPU."""
     assert abs(report["w8a16"]["deltas"]["perplexity"]["relative"]) <= 0.01
 
 
