@@ -127,6 +127,41 @@ def test_an_output_that_exists_is_refused_before_any_work(out):
     assert names(out.parent) == ["out"]
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_what_others_put_there_while_the_block_ran_is_kept(out, force):
+    def stage():
+        with artifact.staged(out, force=force) as folder:
+            (folder / "ours").write_text("x")
+            out.mkdir()
+            (out / "theirs").write_text("y")
+
+    with pytest.raises(ArtifactError):
+        stage()
+    assert names(out) == ["theirs"]
+    assert names(out.parent) == ["out"]
+
+
+def test_of_two_that_write_the_same_the_later_is_refused(out):
+    with pytest.raises(ArtifactError, match="in the meantime"), artifact.staged(out, force=False):
+        write_artifact(out.with_name("other")).rename(out)  # as another process does it
+    assert artifact.load_manifest(out, verify=True)
+
+
+def test_force_is_not_advised_where_it_would_not_help(out):
+    out.mkdir()
+    (out / "photo").write_text("x")
+    with pytest.raises(ArtifactError, match="did not write") as caught:
+        artifact.check_destination(out, force=False)
+    assert "--force" not in caught.value.hint
+
+
+def test_a_parent_that_is_a_file_is_not_to_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="no folder") as caught:
+        artifact.check_destination(tmp_path / "file" / "out", force=False)
+    assert "mkdir" not in caught.value.hint
+
+
 def test_a_missing_parent_is_refused_before_any_work(tmp_path):
     with pytest.raises(ArtifactError, match="does not exist"), artifact.staged(tmp_path / "no" / "out", force=False):
         pytest.fail("the block ran")
@@ -249,7 +284,7 @@ def test_the_work_of_another_process_is_left_alone(out, dead_pid):
 
 def test_an_artifact_that_was_moved_aside_when_its_process_died_comes_back(out, dead_pid):
     leftover(out, dead_pid, "replaced")
-    with pytest.raises(ArtifactError, match="exists already"):
+    with pytest.raises(ArtifactError, match="did not write"):
         artifact.check_destination(out, force=False)
     assert names(out) == ["half"]
 
@@ -401,6 +436,16 @@ def test_a_file_name_that_leaves_the_folder_is_refused(out, name):
 def test_json_keeps_the_order_of_its_keys_and_ends_with_a_newline(tmp_path):
     artifact.write_json(tmp_path / "a.json", {"z": 1, "a": "σ"})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "z": 1,\n  "a": "σ"\n}\n'
+
+
+def test_a_pipe_or_a_device_is_written_to_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    artifact.write_json(path, {"a": 1})
+    assert os.read(reader, 100) == b'{\n  "a": 1\n}\n'
+    os.close(reader)
+    assert path.is_fifo()
 
 
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):

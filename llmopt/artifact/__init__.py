@@ -1,6 +1,6 @@
 """The artifact folder: it appears whole or not at all, and its manifest says what made it and what it holds."""
 
-from llmopt.artifact.files import check_free_disk, to_json_text, write_json
+from llmopt.artifact.files import check_free_disk, to_json_text, write_json, write_text
 from llmopt.artifact.journal import Journal, Resume, discard_journal, journal, journal_bytes, journal_folder
 from llmopt.artifact.manifest import (
     MANIFEST,
@@ -38,4 +38,5 @@ __all__ = [
     "to_json_text",
     "write_json",
     "write_manifest",
+    "write_text",
 ]

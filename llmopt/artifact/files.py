@@ -21,7 +21,14 @@ def to_json_text(value: Mapping[str, Any]) -> str:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` to `path`: a reader sees the old file or the new one, never half of it."""
-    text = to_json_text(value)
+    write_text(path, to_json_text(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; to a pipe or a device, which stays what it is, as it comes."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", newline="\n")
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", newline="\n")

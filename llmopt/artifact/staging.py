@@ -33,7 +33,8 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         force: replace what stands there, if that is an artifact that nobody added files to, or an empty folder.
 
     Raises:
-        ArtifactError: `output` may not be written; raised before the block runs.
+        ArtifactError: `output` may not be written, which is raised before the block runs; or something came to stand
+            there while it ran.
         ResourceError: the disk is full.
     """
     output = check_destination(output, force=force)
@@ -42,6 +43,7 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         _flush(folder)
+        _check_still_free(output, force=force)
         _put_in_place(folder, output, replaced)
     except OSError as error:
         if error.errno in _DISK_IS_FULL:
@@ -59,6 +61,10 @@ def check_destination(output: Path, *, force: bool) -> Path:
     """
     output = Path(os.path.realpath(output))
     parent = output.parent
+    if parent.exists() and not parent.is_dir():
+        raise ArtifactError(
+            "what is to be the folder to write into is no folder", where=str(parent), hint="name another output"
+        )
     if not parent.is_dir():
         raise ArtifactError(
             "the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {shlex.quote(str(parent))}"
@@ -68,10 +74,23 @@ def check_destination(output: Path, *, force: bool) -> Path:
         raise ArtifactError("the folder to write into is not writable", where=str(parent))
     _clear_up_after_the_dead(output)
     if os.path.lexists(output):
+        _check_replaceable(output)
         if not force:
             raise ArtifactError("the output exists already", where=str(output), hint="--force replaces it")
-        _check_replaceable(output)
     return output
+
+
+def _check_still_free(output: Path, *, force: bool) -> None:
+    """What others put there in the meantime is theirs."""
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise ArtifactError(
+            "another process wrote the output in the meantime, which is kept",
+            where=str(output),
+            hint="name another output, or --force to replace it",
+        )
+    _check_replaceable(output)
 
 
 def _hidden(output: Path, state: str) -> Path:

@@ -8,7 +8,7 @@ import typer
 
 from llmopt.cli.console import Console
 from llmopt.cli.options import Json, Quiet, Revision, Seed, Threads, thread_count
-from llmopt.errors import ExitCode, UsageError
+from llmopt.errors import ArtifactError, ExitCode
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -101,7 +101,7 @@ def bench(
 
     if markdown is not None and not markdown.parent.is_dir():
         hint = f"mkdir -p {shlex.quote(str(markdown.parent))}"
-        raise UsageError("the folder to write into does not exist", where=f"--markdown {markdown}", hint=hint)
+        raise ArtifactError("the folder to write into does not exist", where=f"--markdown {markdown}", hint=hint)
     count = thread_count(threads)
     timing = LatencySettings(threads=count, prompt_tokens=prompt, output_tokens=output, rounds=rounds)
     settings = BenchSettings(
@@ -125,6 +125,7 @@ def bench(
 
 def show_report(report: "Report", console: Console, markdown: Path | None = None) -> None:
     """Print a report, and write it as Markdown where that was asked for."""
+    from llmopt.artifact import write_text
     from llmopt.report.markdown import as_markdown
     from llmopt.report.render import print_report
 
@@ -132,5 +133,5 @@ def show_report(report: "Report", console: Console, markdown: Path | None = None
         print_report(report, on)
 
     if markdown is not None:
-        markdown.write_text(as_markdown(report), encoding="utf-8", newline="\n")
+        write_text(markdown, as_markdown(report))
     console.result(report.to_json(), draw)

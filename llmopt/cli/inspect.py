@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmopt.model.inspection import Inspection
 
 # What people choose between; any other scheme's size lies between these.
-SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a16-g32-sym", "w4a16-g128-asym", "w4a16-g128-sym")
+SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a16-g32-sym", "w4a16-g128-asym", "w4a16-g128-sym", "w2a16")
 
 
 def inspect(
@@ -131,9 +131,10 @@ def _table(first: str, *others: str) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(first, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(first, overflow="fold")
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 

@@ -8,7 +8,7 @@ import typer
 
 from llmopt.cli.console import Console
 from llmopt.cli.options import Force, Json, Quiet, Seed
-from llmopt.errors import LlmoptError, UsageError
+from llmopt.errors import ArtifactError, LlmoptError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -64,7 +64,7 @@ def launch(
     Example: llmopt launch plan.json --verify
     """
     if calibrate is not None and calibrate.exists() and not force:
-        raise UsageError("the cluster file exists already", where=str(calibrate), hint="--force replaces it")
+        raise ArtifactError("the cluster file exists already", where=str(calibrate), hint="--force replaces it")
     from llmopt.pipeline.launching.launch import LaunchRequest
     from llmopt.pipeline.launching.launch import launch as do_launch
 

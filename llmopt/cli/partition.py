@@ -1,7 +1,9 @@
 """`llmopt partition`: the parallel plan for a model on a cluster, from the model's config alone."""
 
+import shlex
+from json import dumps as json_text
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +11,8 @@ from llmopt.cli.console import Console
 from llmopt.cli.options import Force, Json, Model, Quiet, Revision
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console as RichConsole
     from rich.table import Table
 
@@ -109,7 +113,7 @@ def partition(
     console.result(value, lambda on: draw(result.plan, result.exported, on))
 
 
-def draw(plan: "Plan", exported: object, on: "RichConsole") -> None:
+def draw(plan: "Plan", exported: "Mapping[str, Any] | None", on: "RichConsole") -> None:
     """Stages, comparison, timeline, and how good it is."""
     from llmopt.partition.finish import TOLD
     from llmopt.partition.timeline import as_text
@@ -124,7 +128,19 @@ def draw(plan: "Plan", exported: object, on: "RichConsole") -> None:
     for note in (*plan.notes, *([f"not used: {', '.join(plan.unused)}"] if plan.unused else [])):
         on.print(note, markup=False, highlight=False)
     if exported:
-        on.print(exported, markup=False, highlight=False)
+        on.out(f"\n{said(exported)}", highlight=False)
+
+
+def said(exported: "Mapping[str, Any]") -> str:
+    """What another engine is told, to be pasted where it is told it."""
+    if "command" in exported:
+        return shlex.join(
+            [*(f"{name}={value}" for name, value in exported["environment"].items()), *exported["command"]]
+        )
+    if "device_map" in exported:
+        return "device_map = " + json_text(exported["device_map"], indent=4)
+    files = [f"  {stage['file']}: blocks {stage['layers'][0]}–{stage['layers'][1]}" for stage in exported["stages"]]
+    return "\n".join([f"written to {exported['folder']}, relative error {exported['relative_error']:.1e}", *files])
 
 
 def _stages(plan: "Plan") -> "Table":

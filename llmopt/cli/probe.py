@@ -8,7 +8,7 @@ import typer
 
 from llmopt.cli.console import Console
 from llmopt.cli.options import Force, Json, Quiet
-from llmopt.errors import UsageError
+from llmopt.errors import ArtifactError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,10 +36,10 @@ def probe(
     Example: llmopt probe -o cluster.yaml
     """
     if output.exists() and not force:
-        raise UsageError("the cluster file exists already", where=str(output), hint="--force replaces it")
+        raise ArtifactError("the cluster file exists already", where=str(output), hint="--force replaces it")
     if not output.parent.is_dir():
         hint = f"mkdir -p {shlex.quote(str(output.parent))}"
-        raise UsageError("the folder to write into does not exist", where=str(output.parent), hint=hint)
+        raise ArtifactError("the folder to write into does not exist", where=str(output.parent), hint=hint)
     from llmopt.partition.cluster import to_json
     from llmopt.pipeline.probing.cluster_file import cluster, write_cluster
     from llmopt.pipeline.probing.probe import ProbeRequest

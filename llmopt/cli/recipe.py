@@ -28,7 +28,10 @@ def check(
     settings: Settings = None,
     json: Json = False,
 ) -> None:
-    """Check a recipe without running it, and print what it says, defaults included."""
+    """Check a recipe without running it.
+
+    What it says is printed, defaults included.
+    """
     from llmopt.cli.vocabulary import vocabulary
     from llmopt.recipe import load_recipe
 

@@ -3,6 +3,7 @@
 Opening a source reads its config, never its weights, and runs no code of the model's own.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -143,6 +144,8 @@ def open_source(
         ModelError: the model does not exist, cannot be fetched, is pickled, or its config is damaged.
         UnsupportedError: its family is not supported, or its weights are quantized already and may not be.
     """
+    if not model:
+        raise UsageError("the model's name is empty", hint=f"a folder, a name on the Hub, or {DEMO}")
     how = _How(weights=weights, quantized=quantized, trust_remote_code=trust_remote_code)
     path = Path(os.path.expanduser(model))  # unlike pathlib's, it leaves the home of an unknown user as it is
     local = model == DEMO or path.exists() or _looks_like_path(model)
@@ -158,6 +161,8 @@ def open_source(
         return _from_file(model, path)
     if local:
         raise ModelError("there is no such file or folder", where=model, hint="check the path")
+    if difflib.get_close_matches(model, [DEMO], cutoff=0.7):
+        raise ModelError("there is no such file or folder", where=model, hint=f"did you mean {DEMO!r}?")
     return _from_hub(model, revision, how, progress)
 
 

@@ -13,7 +13,7 @@ from llmopt.errors import ArtifactError, UsageError
 from llmopt.export.opening import CAST
 from llmopt.measure.host import versions
 from llmopt.model.source import open_source
-from llmopt.pipeline.cache import cache_folder
+from llmopt.pipeline.cache import cache_folder, writable_cache
 from llmopt.pipeline.export import Export, export
 from llmopt.pipeline.formats.onnx import ONNX, Onnx, estimated_bytes
 from llmopt.pipeline.formats.registry import find_format
@@ -22,6 +22,8 @@ from llmopt.pipeline.soundness import open_tokenizer
 from llmopt.pipeline.tuning import measured_on, tuning
 from llmopt.progress import Progress
 from llmopt.quantize.assign import Assignment
+
+BASELINES = "baselines"  # in the cache
 
 
 def is_artifact(name: str) -> bool:
@@ -52,11 +54,11 @@ def float_artifact(model: str, *, revision: str | None, threads: int, progress: 
         kernels=measured_on(threads),
         versions={"llmopt": __version__, **versions()},
     )
-    folder = cache_folder() / "baselines" / f"{printable(source.name)}-{manifest.key[:16]}"
+    folder = cache_folder() / BASELINES / f"{printable(source.name)}-{manifest.key[:16]}"
     if _is_whole(folder):
         return folder
     open_tokenizer(source)  # a mistake in it should name the model's folder, not the one that is being written
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    writable_cache(BASELINES)
     check_free_disk(folder.parent, estimated_bytes(source.spec, assignments))
     # A baseline reads prompts as fast as it can, too: what candidates gain is not what cutting a prompt gains.
     format_ = Onnx(tuning=tuning(threads, None, progress))

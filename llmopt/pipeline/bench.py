@@ -16,7 +16,15 @@ from llmopt.measure.outcome import Outcome
 from llmopt.measure.size import compare_sizes
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.pipeline.baseline import float_artifact, in_transformers, is_artifact, open_engine
-from llmopt.pipeline.bench_checks import check_engine, check_gates, check_lengths, check_names, common_source, spec_of
+from llmopt.pipeline.bench_checks import (
+    check_engine,
+    check_gates,
+    check_lengths,
+    check_names,
+    check_saved,
+    common_source,
+    spec_of,
+)
 from llmopt.pipeline.kept import keep, kept_layers, kept_settings, lost_by
 from llmopt.pipeline.oracle import oracle_note
 from llmopt.progress import Progress
@@ -61,6 +69,8 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     """
     check_names(request.candidates)
     check_gates(request.gates, request.settings)
+    if request.save:
+        check_saved(request.candidates)
     baseline_name = request.baseline or common_source(request.candidates)
     names = (baseline_name, *request.candidates)
     for name in names:
@@ -88,7 +98,8 @@ def save(path: Path, candidate: Candidate, report: Report, progress: Progress) -
     own_gates = tuple(gate for gate in report.gates if gate.candidate == candidate.name)
     settings = {**kept_settings(path), **report.settings}
     if lost := lost_by(path, report):
-        progress.say(f"{path}: its report held a larger measurement ({lost}), which is replaced; --no-save keeps it")
+        progress.say(f"{path}: its report held a larger measurement ({lost}), which is replaced")
+        progress.say("llmopt bench --no-save measures and replaces nothing")
     keep(path, replace(report, candidates=(candidate,), gates=own_gates, settings=settings))
 
 

@@ -1,11 +1,12 @@
 """What is wrong with a bench, as far as it can be told before anything is exported or measured."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmopt.artifact import load_manifest
-from llmopt.errors import UsageError
+from llmopt.errors import ArtifactError, UsageError
 from llmopt.model.families import spec_from_config
 from llmopt.model.json_file import read_object
 from llmopt.model.rotary import longest_sequence
@@ -30,6 +31,18 @@ def check_names(candidates: Sequence[str]) -> None:
     names = [Path(name).resolve().name for name in candidates]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two candidates are called {repeated!r}", hint="rename one of the folders")
+
+
+def check_saved(candidates: Sequence[str]) -> None:
+    """What is measured goes into each artifact's folder, which others may have made.
+
+    Raises:
+        ArtifactError: one cannot be written to.
+    """
+    for name in candidates:
+        if is_artifact(name) and not os.access(name, os.W_OK | os.X_OK):
+            what = "the artifact's folder cannot be written to, and its report is to be replaced by what is measured"
+            raise ArtifactError(what, where=name, hint="--no-save writes nothing into it")
 
 
 def common_source(candidates: Sequence[str]) -> str:

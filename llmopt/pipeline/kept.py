@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmopt.artifact import MODEL_CARD, REPORT, load_manifest, write_json
+from llmopt.artifact import MODEL_CARD, REPORT, load_manifest, write_json, write_text
 from llmopt.export.card import Card, card_text
 from llmopt.model.source import CONFIG
 from llmopt.report.results import LayerResult, Report
@@ -20,9 +20,7 @@ def keep(folder: Path, report: Report) -> None:
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     card = card_text(Card.of(load_manifest(folder), config, report))
     write_json(folder / REPORT, report.to_json())
-    partial = folder / f".{MODEL_CARD}.partial"
-    partial.write_text(card, encoding="utf-8", newline="\n")
-    partial.replace(folder / MODEL_CARD)
+    write_text(folder / MODEL_CARD, card)
 
 
 def lost_by(folder: Path, report: Report) -> str | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmopt.artifact import check_destination
+from llmopt.artifact import check_destination, write_text
 from llmopt.errors import ArtifactError, UsageError, near_match
 from llmopt.model.source import ModelSource
 from llmopt.model.spec import ModelSpec
@@ -22,6 +22,7 @@ from llmopt.progress import Progress
 from llmopt.quantize.assign import assign
 from llmopt.quantize.scheme import parse_scheme
 
+DRAWN = ".svg"  # what timelines are
 ONNX = "onnx"  # beside the engines that a plan is told to in words
 
 
@@ -66,15 +67,20 @@ def partition(request: PartitionRequest, progress: Progress) -> PartitionResult:
     Raises:
         LlmoptError: the request contradicts itself, the model or the cluster, or there is no such plan.
     """
-    if request.output.exists() and not request.force:
-        raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
     for path in (request.output, request.timeline):
         if path is not None and not path.parent.is_dir():
             raise ArtifactError("there is no folder to write into", where=str(path.parent), hint="make it first")
+        if path is not None and path.is_dir():
+            raise ArtifactError("a folder is there, where a file is to be", where=str(path), hint="name a file")
+    if request.timeline is not None and request.timeline.suffix.lower() != DRAWN:
+        what = f"{request.timeline.name} is to be a picture of another kind than {DRAWN}"
+        raise UsageError(what, where="--timeline", hint=f"--timeline {request.timeline.stem}{DRAWN}")
+    if request.output.exists() and not request.force:
+        raise ArtifactError("something is there already", where=str(request.output), hint="--force replaces it")
     result = find_plan(request, progress)
     write_plan(request.output, result.plan)
     if request.timeline is not None:
-        request.timeline.write_text(as_svg(result.plan), encoding="utf-8")
+        write_text(request.timeline, as_svg(result.plan))
     return result
 
 

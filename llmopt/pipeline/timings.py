@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from llmopt.artifact import Journal, to_json_text, write_json
+from llmopt.pipeline.cache import CACHE_VARIABLE
 from llmopt.progress import Progress
 
 PIECE = "timings.json"
@@ -26,7 +27,7 @@ class Timings:
         self.progress = progress
         self.known: Times = self._from_file() | self._from_journal()
         self.used: Times = {}
-        self.announced = False
+        self.announced = self.warned = False
 
     def of(
         self, name: str, candidates: Collection[str], measure: Callable[[], dict[str, float]]
@@ -69,4 +70,7 @@ class Timings:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, (self._from_file() if self.file.exists() else {}) | {name: found})
         except OSError as error:
-            self.progress.say(f"{self.file}: {error.strerror}; the next run measures again")
+            if not self.warned:
+                why = f"{error.strerror}: the next run measures again; {CACHE_VARIABLE} names another cache"
+                self.progress.say(f"{self.file} cannot be written: {why}")
+            self.warned = True

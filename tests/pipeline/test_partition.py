@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from llmopt.cli.partition import said
 from llmopt.errors import ArtifactError, BudgetError, ExitCode, UnsupportedError, UsageError
 from llmopt.partition.plan import read_plan
 from llmopt.partition.timeline import as_text
@@ -146,6 +147,24 @@ def test_a_plan_that_does_not_hang_together_is_refused(request_, place, value, w
     request_.output.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=what):
         read_plan(request_.output)
+
+
+def test_what_an_engine_is_told_can_be_pasted_where_it_is_told_it(request_):
+    result = partition(replace(request_, degree=1, split="5,4,3", export="vllm"), Silent())
+    first, second, third, *_ = said(result.exported).split()
+    assert (first, second, third) == ("VLLM_PP_LAYER_PARTITION=5,4,3", "vllm", "serve")
+
+
+def test_a_picture_of_another_kind_is_refused(request_, tmp_path):
+    with pytest.raises(UsageError, match="another kind"):
+        partition(replace(request_, timeline=tmp_path / "picture.png"), Silent())
+    assert not request_.output.exists()
+
+
+def test_a_folder_is_no_file_to_write_a_plan_into(request_):
+    request_.output.mkdir()
+    with pytest.raises(ArtifactError, match="a folder is there"):
+        partition(replace(request_, force=True), Silent())
 
 
 def test_a_timeline_names_every_stage(request_, tmp_path):

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import yaml
 
+from llmopt.artifact import write_text
 from llmopt.partition.cluster import SCHEMA, Cluster, Node, to_json
 from llmopt.partition.device import Attending, DeviceClass, Link, Speed
 from llmopt.pipeline.probing import links
@@ -29,7 +30,7 @@ def cluster(probe: Probe) -> Cluster:
 
 def write_cluster(found: Cluster, path: Path, comment: str = _COMMENT) -> None:
     """Write a cluster file."""
-    path.write_text(comment + yaml.safe_dump(to_json(found), sort_keys=False), encoding="utf-8")
+    write_text(path, comment + yaml.safe_dump(to_json(found), sort_keys=False))
 
 
 def _device_class(device: DeviceProbe) -> DeviceClass:

@@ -107,7 +107,7 @@ def test_more_ranks_than_devices_are_refused():
 def test_a_file_that_is_there_is_not_replaced_and_nothing_is_measured(tmp_path, capsys):
     path = tmp_path / "cluster.yaml"
     path.write_text("mine")
-    assert run(app, ["probe", "-o", str(path)]) == 2
+    assert run(app, ["probe", "-o", str(path)]) == 3
     assert "--force replaces it" in capsys.readouterr().err
     assert path.read_text() == "mine"
     assert run(app, ["probe", "-o", str(tmp_path / "no" / "cluster.yaml")]) == 2
