@@ -87,11 +87,14 @@ def main() -> int:
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--budgets", type=float, nargs="+", default=[80, 85, 92, 98, 105, 120], metavar="MB")
     parser.add_argument("--tokens", default="8192", help="of the text to evaluate on")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="keep the artifacts there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.output or Path(temporary)
+        folder.mkdir(exist_ok=True)
         how = ["--text", arguments.text, "--tokens", arguments.tokens]
-        points = measure(Path(temporary), sorted(arguments.budgets), arguments.method, arguments.calib, how)
+        points = measure(folder, sorted(arguments.budgets), arguments.method, arguments.calib, how)
     for point in points:
         print(
             f"budget {point.budget:6.1f} MB: {point.size:6.2f} MB, perplexity {point.relative:+.2%} "

@@ -6,6 +6,7 @@ few of these numbers are on a data sheet: what is left out counts nothing, or as
 
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -38,6 +39,10 @@ Share = Annotated[Number, Field(gt=0, le=1)]
 Kind = Annotated[str, AfterValidator(_known_kind)]
 
 
+# YAML has no tuples.
+Factor = Annotated[tuple[Annotated[int, Field(ge=1)], Positive], Field(strict=False)]
+
+
 class Speed(Section):
     """Products with weights of one dtype or scheme: what a device reaches, not what its maker promises."""
 
@@ -58,6 +63,8 @@ class Speed(Section):
 
     padded_to: Annotated[int, Field(ge=1)] = 1
     """A weight has as many inputs in memory as the next multiple of this."""
+    factors: list[Factor] = Field(default_factory=list)
+    """[tokens, factor]: what a product of so many tokens takes of all that; between two of them by the logarithm."""
 
     @property
     def flops(self) -> float:
@@ -68,6 +75,13 @@ class Speed(Section):
     def bytes_per_s(self) -> float:
         """Bytes of weights a second."""
         return self.gb_per_s * _GIGA
+
+    def factor(self, tokens: float) -> float:
+        """What a product of so many tokens takes, of what the other numbers say."""
+        if not self.factors:
+            return 1.0
+        known, factors = zip(*sorted(self.factors), strict=True)
+        return float(np.interp(np.log(tokens), np.log(known), factors))
 
 
 class Attending(Section):

@@ -49,6 +49,10 @@ def share_of(linear: Linear, weight_bytes: float, degree: int, *, writes: bool) 
 
 def product_s(product: Product, speed: Speed) -> float:
     """Seconds of a product."""
+    return speed.factor(product.tokens) * _said_s(product, speed)
+
+
+def _said_s(product: Product, speed: Speed) -> float:
     reading_s = product.weight_bytes / speed.bytes_per_s + product.rows * speed.row_ns * _NANO
     computing_s = product.flops / speed.flops
     call_s = speed.call_us * _MICRO

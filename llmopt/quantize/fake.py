@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from llmopt.quantize.grid import ANY_SCALE, ScaleRule, grouped
 from llmopt.quantize.int8 import limit_pairs
-from llmopt.quantize.learn import START
 from llmopt.quantize.weights import QuantizedWeight
 
+MOST = 0.499  # of a code, from it: rounding finds the same one
 CACHED_WEIGHTS = 2**17  # a few tensors of so many float32 are in the cache of a core together
 
 
@@ -105,7 +105,7 @@ class FakeQuantizedWeight(nn.Module):
         if float_OI is None:
             return codes_OGS
         exact_OGS = self._grouped(float_OI) / self.start_OG1
-        return codes_OGS + (exact_OGS - codes_OGS).clamp_(-START, START)
+        return codes_OGS + within_cell(exact_OGS - codes_OGS)
 
     def _grouped(self, values_OI: Tensor) -> Tensor:
         return grouped(values_OI, self.weight.scheme.group_size)
@@ -152,6 +152,16 @@ def _some_rows(values_OGS: Tensor) -> Iterator[slice]:
     rows = len(values_OGS)
     step = max(1, CACHED_WEIGHTS * rows // values_OGS.numel())
     yield from (slice(start, start + step) for start in range(0, rows, step))
+
+
+def within_cell(offsets: Tensor) -> Tensor:
+    """Offsets from codes, in codes, those beyond the boundary of a cell mirrored at it.
+
+    A code that a method has moved away from the float weight is the harder to move back the farther that was. Offsets
+    that were cut off at the boundary instead would all come to be rounded to other codes in the same few steps.
+    """
+    far = offsets.abs()
+    return torch.where(far > 0.5, (1.0 - far).clamp_min_(0.0), far).clamp_max_(MOST).copysign_(offsets)
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:

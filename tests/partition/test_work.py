@@ -28,6 +28,12 @@ def test_several_tokens_wait_for_weights_to_be_packed_and_for_values_to_pass():
     assert product_s(product(64), FULL) == pytest.approx(expected)
 
 
+def test_factors_hold_at_their_tokens_between_them_and_beyond():
+    off = FULL.model_copy(update={"factors": [(16, 1.0), (1, 3.0), (4, 2.0)]})
+    for tokens, factor in ((1, 3), (2, 2.5), (4, 2), (8, 1.5), (16, 1), (500, 1)):
+        assert product_s(product(tokens), off) == pytest.approx(factor * product_s(product(tokens), FULL))
+
+
 def test_what_is_not_known_takes_nothing():
     assert passing_s(1e9, None) == 0
     assert passing_s(1e9, 2.0) == pytest.approx(0.5)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llmopt.quantize import fake as fake_module
-from llmopt.quantize.fake import FakeQuantizedWeight, straight_through
+from llmopt.quantize.fake import FakeQuantizedWeight, straight_through, within_cell
 from llmopt.quantize.gptq import Gptq
 from llmopt.quantize.grid import HALF_SCALE, ScaleRule
 from llmopt.quantize.int8 import sums_fit
@@ -47,6 +47,12 @@ def test_it_begins_as_what_it_was_made_from(scheme: str):
     weight = fake(scheme)
     assert torch.equal(weight(), weight.weight.dequantize())
     assert torch.equal(weight.quantized().codes_OI, weight.weight.codes_OI)
+
+
+def test_what_a_method_moved_to_another_code_starts_as_far_within_that_as_it_lay_beyond():
+    offsets = torch.tensor([0.0, 0.2, -0.3, 0.5, 0.6, -0.9, 1.0, -7.0])
+    expected = torch.tensor([0.0, 0.2, -0.3, 0.499, 0.4, -0.1, 0.0, 0.0])
+    assert torch.allclose(within_cell(offsets), expected)
 
 
 @pytest.mark.parametrize("rank", [None, 4])

@@ -38,7 +38,7 @@ def _device_class(device: DeviceProbe) -> DeviceClass:
     return DeviceClass(
         memory_gb=_rounded(device.memory_bytes / 1e9),
         reserved_gb=_rounded(device.process_bytes / 1e9),
-        speeds={kind: _rounded_all(speed) for kind, speed in device.compute.speeds.items()},
+        speeds={kind: _rounded_speed(speed) for kind, speed in device.compute.speeds.items()},
         launch_us=_rounded(1e6 * rest.launch_s),
         attention=_rounded_all(rest.attention),
         passing_gb_per_s=None if rest.passing_bytes_per_s is None else _rounded(rest.passing_bytes_per_s / 1e9),
@@ -47,6 +47,11 @@ def _device_class(device: DeviceProbe) -> DeviceClass:
         waking=_rounded(min(1.0, device.alone.token_s / device.together.turn_s)),
         expands=True,  # torch has no products with codes of weights alone
     )
+
+
+def _rounded_speed(speed: Speed) -> Speed:
+    factors = [(tokens, _rounded(factor)) for tokens, factor in speed.factors]
+    return _rounded_all(speed).model_copy(update={"factors": factors})
 
 
 def _rounded_all(section: _Some) -> _Some:

@@ -5,12 +5,13 @@ Weights are more than caches hold, as those of a model are. The sizes are not th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor
 
 from llmopt.partition.device import Attending, Speed
-from llmopt.partition.work import passing_bytes, product_s
+from llmopt.partition.work import Product, passing_bytes, product_s
 from llmopt.pipeline.probing.blocks import SIZES, Stack, products_of, scratch_bytes
 from llmopt.pipeline.probing.fit import fitted, per_second
 from llmopt.pipeline.probing.timing import median_s
@@ -19,7 +20,7 @@ from llmopt.quantize.int8_torch import PADDED_TO, Int8Product, available
 from llmopt.quantize.scheme import parse_scheme
 
 SHAPES = ((512, 512), (2048, 512), (512, 2048), (1024, 1024), (4096, 1024), (2048, 2048))  # rows, columns
-TOKENS = (1, 2, 16, 64, 256)
+TOKENS = (1, 2, 4, 16, 64, 256)
 BEYOND_CACHES_BYTES = 96 << 20
 _LONG = 10  # times as long as other measurements: side by side, speeds come and go
 _MANY = 8  # products of one shape in a row, where reading them is not what takes the time
@@ -166,7 +167,7 @@ def _speed(found: Sequence[_Timed], kind: str) -> Speed:
     )
     fastest = max(2 * timed.tokens * timed.rows * timed.columns / timed.seconds for timed in found)
     widest = max(timed.weight_bytes / timed.seconds for timed in found)
-    return Speed(
+    speed = Speed(
         tflops=(per_second(costs["multiply"]) or fastest) / 1e12,
         gb_per_s=(per_second(costs["read"]) or widest) / 1e9,
         row_ns=1e9 * costs["row"],
@@ -174,6 +175,24 @@ def _speed(found: Sequence[_Timed], kind: str) -> Speed:
         passing_gb_per_s=_giga(per_second(costs["pass"])),
         call_us=1e6 * costs["call"],
     )
+    return speed.model_copy(update={"factors": _factors(found, speed, value_bytes)})
+
+
+def _factors(found: Sequence[_Timed], speed: Speed, value_bytes: int) -> list[tuple[int, float]]:
+    """What was measured of what the speeds say, by tokens; the geometric mean over shapes."""
+
+    def off(timed: _Timed) -> float:
+        product = Product(
+            rows=timed.rows,
+            columns=timed.columns,
+            weight_bytes=timed.weight_bytes,
+            tokens=timed.tokens,
+            value_bytes=value_bytes,
+        )
+        return timed.seconds / product_s(product, speed)
+
+    counts = sorted({timed.tokens for timed in found})
+    return [(count, geometric_mean(off(timed) for timed in found if timed.tokens == count)) for count in counts]
 
 
 def _giga(bytes_per_s: float | None) -> float | None:

@@ -25,7 +25,11 @@ FOUND = Probe(
         memory_bytes=10**9,
         process_bytes=10**8,
         compute=Compute(
-            speeds={"float32": Speed(tflops=0.05, gb_per_s=10, row_ns=100, packing_gb_per_s=8, call_us=3)},
+            speeds={
+                "float32": Speed(
+                    tflops=0.05, gb_per_s=10, row_ns=100, packing_gb_per_s=8, call_us=3, factors=[(2, 1.5)]
+                )
+            },
             rest=Rest(launch_s=1e-4, passing_bytes_per_s=2e10, attention=Attending(tflops=0.04, gb_per_s=7)),
         ),
         alone=Working(many_s=0.9, token_s=0.8, turn_s=0.8),
@@ -61,6 +65,30 @@ def test_speeds_are_found_from_the_times_that_they_give():
     found = _speed(timed, "float32")
     for name in ("tflops", "gb_per_s", "row_ns", "packing_gb_per_s", "passing_gb_per_s", "call_us"):
         assert getattr(found, name) == pytest.approx(getattr(given, name), rel=1e-3)
+    assert [tokens for tokens, _ in found.factors] == list(compute.TOKENS)
+    assert [factor for _, factor in found.factors] == pytest.approx([1.0] * len(compute.TOKENS), rel=1e-3)
+
+
+def test_what_speeds_do_not_explain_is_a_factor():
+    plain = Speed(tflops=0.09, gb_per_s=20, packing_gb_per_s=10)
+    timed = [
+        _Timed(
+            rows=rows,
+            columns=columns,
+            tokens=tokens,
+            weight_bytes=4 * rows * columns,
+            seconds=product_s(each, plain) * (1.5 if tokens == 2 else 1.0),
+        )
+        for rows, columns in compute.SHAPES
+        for tokens in compute.TOKENS
+        for each in [Product(rows=rows, columns=columns, weight_bytes=4 * rows * columns, tokens=tokens, value_bytes=4)]
+    ]
+    found = _speed(timed, "float32")
+    for one in timed:
+        product = Product(
+            rows=one.rows, columns=one.columns, weight_bytes=one.weight_bytes, tokens=one.tokens, value_bytes=4
+        )
+        assert product_s(product, found) == pytest.approx(one.seconds, rel=0.1)
 
 
 def test_what_explains_nothing_costs_nothing():
@@ -110,7 +138,7 @@ def test_a_file_that_is_there_is_not_replaced_and_nothing_is_measured(tmp_path, 
     assert run(app, ["probe", "-o", str(path)]) == 3
     assert "--force replaces it" in capsys.readouterr().err
     assert path.read_text() == "mine"
-    assert run(app, ["probe", "-o", str(tmp_path / "no" / "cluster.yaml")]) == 2
+    assert run(app, ["probe", "-o", str(tmp_path / "no" / "cluster.yaml")]) == 3
 
 
 @pytest.mark.slow
