@@ -29,7 +29,7 @@ from llmopt.train.loop import Trainer
 from llmopt.train.settings import Precision, Settings
 
 # The rate of step sizes, a part of themselves, to that of latents, in codes; thin matrices have that of latents.
-# Ten times as much follows the noise of the first windows: 12 steps at a rate of 0.006 doubled the reference model's loss.
+# Ten times as much follows the noise of the first windows: 12 steps at 0.006 doubled the loss of the reference model.
 STEP_SHARE = 0.02
 BETAS = (0.9, 0.99)
 EPSILON = 1e-15  # gradients by single weights are that small
