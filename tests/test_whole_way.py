@@ -401,6 +401,18 @@ class TestBench:
         ended = llmopt("bench", folder, *ACCURACY[2:], "--tokens", "600")
         assert "its report held a larger measurement (2,044 tokens, now 598), which is replaced" in ended.err
 
+    def test_sizes_alone_replace_no_report(self, llmopt, int4):
+        before = bytes_of(int4)
+        assert llmopt("bench", int4, "--no-accuracy", "--no-latency").code == 0
+        assert bytes_of(int4) == before
+
+    def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(self, llmopt, int4, monkeypatch):
+        may = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(int4) and may(path, mode))
+        ended = llmopt("bench", int4, *ACCURACY)
+        assert ended.code == 3
+        assert "--no-save" in ended.err
+
     def test_mistakes_are_told(self, llmopt, int4, tmp_path):
         (tmp_path / "empty.txt").write_text("")
         (tmp_path / "bytes.txt").write_bytes(b"\x00\xff")

@@ -86,7 +86,8 @@ def bench(request: BenchRequest, progress: Progress) -> Report:
     outcome = measure(request, corpus, baseline, paths, progress)
     report = assemble(request, baseline_name, baseline, paths, outcome)
     report = replace(report, gates=tuple(result for gate in request.gates for result in judge(gate, report)))
-    if request.save:
+    # Sizes alone are not worth what a report says of accuracy and latency.
+    if request.save and (request.settings.accuracy or request.settings.latency is not None):
         for name, path, candidate in zip(request.candidates, paths, report.candidates, strict=True):
             if is_artifact(name):
                 save(path, candidate, report, progress)
