@@ -65,6 +65,8 @@ class Speed(Section):
     """A weight has as many inputs in memory as the next multiple of this."""
     factors: list[Factor] = Field(default_factory=list)
     """[tokens, factor]: what a product of so many tokens takes of all that; between two of them by the logarithm."""
+    row_factors: list[Factor] = Field(default_factory=list)
+    """[inputs, factor]: what one token with rows of so many inputs takes beside, likewise."""
 
     @property
     def flops(self) -> float:
@@ -76,12 +78,17 @@ class Speed(Section):
         """Bytes of weights a second."""
         return self.gb_per_s * _GIGA
 
-    def factor(self, tokens: float) -> float:
-        """What a product of so many tokens takes, of what the other numbers say."""
-        if not self.factors:
-            return 1.0
-        known, factors = zip(*sorted(self.factors), strict=True)
-        return float(np.interp(np.log(tokens), np.log(known), factors))
+    def factor(self, tokens: float, columns: float) -> float:
+        """What a product of so many tokens with rows of so many takes, of what the other numbers say."""
+        return _between(self.factors, tokens) * (_between(self.row_factors, columns) if tokens == 1 else 1.0)
+
+
+def _between(factors: list[Factor], place: float) -> float:
+    """Of the factors at some places that at another, by the logarithm; beyond the last it is that."""
+    if not factors:
+        return 1.0
+    known, values = zip(*sorted(factors), strict=True)
+    return float(np.interp(np.log(place), np.log(known), values))
 
 
 class Attending(Section):

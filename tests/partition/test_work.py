@@ -34,6 +34,12 @@ def test_factors_hold_at_their_tokens_between_them_and_beyond():
         assert product_s(product(tokens), off) == pytest.approx(factor * product_s(product(tokens), FULL))
 
 
+def test_a_token_alone_has_factors_by_the_length_of_rows():
+    off = FULL.model_copy(update={"row_factors": [(250, 1.0), (1000, 2.0)]})
+    assert product_s(product(1), off) == pytest.approx(1.5 * product_s(product(1), FULL))
+    assert product_s(product(2), off) == pytest.approx(product_s(product(2), FULL))
+
+
 def test_what_is_not_known_takes_nothing():
     assert passing_s(1e9, None) == 0
     assert passing_s(1e9, 2.0) == pytest.approx(0.5)

@@ -50,8 +50,11 @@ def _device_class(device: DeviceProbe) -> DeviceClass:
 
 
 def _rounded_speed(speed: Speed) -> Speed:
-    factors = [(tokens, _rounded(factor)) for tokens, factor in speed.factors]
-    return _rounded_all(speed).model_copy(update={"factors": factors})
+    factors = {
+        name: [(place, _rounded(factor)) for place, factor in getattr(speed, name)]
+        for name in ("factors", "row_factors")
+    }
+    return _rounded_all(speed).model_copy(update=factors)
 
 
 def _rounded_all(section: _Some) -> _Some:

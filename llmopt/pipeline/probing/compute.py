@@ -175,11 +175,17 @@ def _speed(found: Sequence[_Timed], kind: str) -> Speed:
         passing_gb_per_s=_giga(per_second(costs["pass"])),
         call_us=1e6 * costs["call"],
     )
-    return speed.model_copy(update={"factors": _factors(found, speed, value_bytes)})
+    by_tokens = speed.model_copy(update={"factors": _factors(found, speed, value_bytes, by=lambda timed: timed.tokens)})
+    alone = [timed for timed in found if timed.tokens == 1]
+    return by_tokens.model_copy(
+        update={"row_factors": _factors(alone, by_tokens, value_bytes, by=lambda timed: timed.columns)}
+    )
 
 
-def _factors(found: Sequence[_Timed], speed: Speed, value_bytes: int) -> list[tuple[int, float]]:
-    """What was measured of what the speeds say, by tokens; the geometric mean over shapes."""
+def _factors(
+    found: Sequence[_Timed], speed: Speed, value_bytes: int, by: Callable[[_Timed], int]
+) -> list[tuple[int, float]]:
+    """What was measured of what the speeds say, the geometric mean of all that are alike."""
 
     def off(timed: _Timed) -> float:
         product = Product(
@@ -191,8 +197,8 @@ def _factors(found: Sequence[_Timed], speed: Speed, value_bytes: int) -> list[tu
         )
         return timed.seconds / product_s(product, speed)
 
-    counts = sorted({timed.tokens for timed in found})
-    return [(count, geometric_mean(off(timed) for timed in found if timed.tokens == count)) for count in counts]
+    places = sorted({by(timed) for timed in found})
+    return [(place, geometric_mean(off(timed) for timed in found if by(timed) == place)) for place in places]
 
 
 def _giga(bytes_per_s: float | None) -> float | None:

@@ -27,7 +27,13 @@ FOUND = Probe(
         compute=Compute(
             speeds={
                 "float32": Speed(
-                    tflops=0.05, gb_per_s=10, row_ns=100, packing_gb_per_s=8, call_us=3, factors=[(2, 1.5)]
+                    tflops=0.05,
+                    gb_per_s=10,
+                    row_ns=100,
+                    packing_gb_per_s=8,
+                    call_us=3,
+                    factors=[(2, 1.5)],
+                    row_factors=[(512, 1.2)],
                 )
             },
             rest=Rest(launch_s=1e-4, passing_bytes_per_s=2e10, attention=Attending(tflops=0.04, gb_per_s=7)),
