@@ -413,6 +413,11 @@ class TestBench:
         assert ended.code == 3
         assert "--no-save" in ended.err
 
+    def test_a_table_goes_into_a_folder_that_is_there(self, llmopt, int4, tmp_path):
+        ended = llmopt("bench", *ACCURACY, int4, "--markdown", tmp_path / "no folder" / "t.md")
+        assert ended.code == 3
+        assert f"mkdir -p '{tmp_path / 'no folder'}'" in ended.err
+
     def test_mistakes_are_told(self, llmopt, int4, tmp_path):
         (tmp_path / "empty.txt").write_text("")
         (tmp_path / "bytes.txt").write_bytes(b"\x00\xff")
@@ -422,7 +427,6 @@ class TestBench:
             ([int4, "--text", tmp_path / "empty.txt"], "empty.txt"),
             ([int4, int4], "int4"),
             ([int4, "--text", tmp_path / "bytes.txt"], "holds zero bytes"),
-            ([int4, "--markdown", tmp_path / "no folder" / "t.md"], f"mkdir -p '{tmp_path / 'no folder'}'"),
             ([tmp_path / "nowhere"], "there is no such folder"),
             ([int4, "--assert", "tpot_ms <= 0.8x"], "leave --no-latency out"),
             ([int4, "--no-accuracy", "--assert", "perplexity <= +1%"], "leave --no-accuracy out"),
