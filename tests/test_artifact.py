@@ -448,6 +448,16 @@ def test_a_pipe_or_a_device_is_written_to_not_replaced(tmp_path):
     assert path.is_fifo()
 
 
+def test_a_link_stays_one_and_what_it_names_is_written(tmp_path):
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "far" / "a.json")
+    for value in (1, 2):  # there is nothing yet, and then there is
+        artifact.write_json(link, {"a": value})
+        assert link.is_symlink()
+        assert json.loads((tmp_path / "far" / "a.json").read_text()) == {"a": value}
+
+
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
     artifact.write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(ValueError, match="JSON compliant"):

@@ -37,11 +37,11 @@ def test_the_recipe_plans_runs_and_compares(recipe, capsys):
 
 def test_the_plan_of_the_real_model_is_half_and_half_and_nearly_twice_as_fast(recipe, tmp_path):
     names = recipe["main"].__globals__
-    names.update(SEQUENCES=64, TOKENS=24)
+    names.update({name: recipe[name] for name in ("SEQUENCES", "TOKENS", "MICRO_BATCHES")})  # those of its text
     spec = names["recurrent_spec"]("lstm:12x2048")
     speed, link = recipe["speeds_of"](load_cluster(tmp_path / "cluster.yaml"))
     alone_s, whole = recipe["predicted_s"](spec, speed, link, 1, WHOLE)
-    both_s, items = recipe["predicted_s"](spec, speed, link, 2, MicroBatches(tokens=12))
+    both_s, items = recipe["predicted_s"](spec, speed, link, 2, MicroBatches(tokens=names["MICRO_BATCHES"]))
     assert [stage.stop for stage in recipe["layout_of"](whole, 12).stages] == [12]
     assert [stage.stop for stage in recipe["layout_of"](items, 12).stages] == [6, 12]
-    assert 1.7 < alone_s / both_s < 2 * 12 / 13
+    assert 1.7 < alone_s / both_s < 2 * 16 / 17

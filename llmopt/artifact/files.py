@@ -25,10 +25,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all; to a pipe or a device, which stays what it is, as it comes."""
+    """Write `text` to `path`, whole or not at all, or to what it is a link to.
+
+    A pipe or a device stays what it is, and gets the text as it comes.
+    """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8", newline="\n")
         return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", newline="\n")
