@@ -30,8 +30,8 @@ def probe(
 ) -> None:
     """Measure this machine for a cluster file.
 
-    Memory; products and the rest of a block at several sizes; what a rank keeps of its speed while all others work, or
-    in turns; messages and sums between ranks. Takes well under a minute.
+    Memory; products and the rest of a block at several sizes; what a rank keeps of its speed while all others work, and
+    what it takes longer where it has waited; messages and sums between ranks. Takes about a minute.
 
     Example: llmopt probe -o cluster.yaml
     """
@@ -66,9 +66,9 @@ def _table(found: "Probe") -> "Table":
     rest = device.compute.rest
     table.add_row("a block's own", f"{1e6 * rest.launch_s:.4g} µs")
     table.add_row("attention", f"{1e3 * rest.attention.tflops:.4g} GFLOP/s, {rest.attention.gb_per_s:.4g} GB/s")
-    alone, others = device.alone, device.together
-    kept = alone.many_s / others.many_s, alone.token_s / others.token_s, alone.token_s / others.turn_s
-    table.add_row("kept beside others: many tokens, one, in turns", ", ".join(f"{100 * one:.3g} %" for one in kept))
+    kept = device.kept
+    table.add_row("kept beside others: many tokens, one", f"{100 * kept.many:.3g} %, {100 * kept.one:.3g} %")
+    table.add_row("waking for a token", f"{1e6 * kept.waking_s:.4g} µs")
     table.add_row("memory of a rank", f"{device.memory_bytes / 1e9:.4g} GB")
     for name, link in (("messages", found.messages), ("sums", found.sums)):
         if link is not None:

@@ -22,6 +22,7 @@ from llmopt.quantize.scheme import Scheme, parse_scheme
 
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LOGIT_BYTES = _RANGE_BYTES = 4
+_MANY_TOKENS = 64  # at which `shared` is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +91,7 @@ class Group:
 class ItemCosts:
     """One number for each part on one device of a group, [items]; `activation_bytes` is there once a stage.
 
-    `tied_bytes` is what a plan of one stage saves, where the head reads the embedding's table, and `awake` the part of
-    the time that its tokens take, since it never waits.
+    `tied_bytes` is what a plan of one stage saves, where the head reads the embedding's table.
     """
 
     prefill_s: Array
@@ -100,7 +100,6 @@ class ItemCosts:
     kv_bytes: Array
     activation_bytes: float
     tied_bytes: float
-    awake: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +126,10 @@ class Costs:
         """What goes from stage to stage with a token of each sequence."""
         return self._hidden_bytes(self.cut.batch)
 
+    def waking_s(self, device: DeviceClass) -> float:
+        """What a token takes longer on a stage that waits for others: with several groups underway none does."""
+        return device.waking_s if self.cut.groups == 1 else 0.0
+
     @property
     def _chunk(self) -> int:
         return -(-self.workload.prompt // self.cut.parts)
@@ -152,7 +155,6 @@ class Costs:
             weight_bytes=rows[:, 2],
             kv_bytes=rows[:, 3],
             activation_bytes=self._activation_bytes(group),
-            awake=self._decode.keeps(group) if self.cut.groups == 1 and group.degree == 1 else 1.0,
             tied_bytes=self._weight_bytes(self.spec.head, group) / group.degree if self.spec.tied else 0.0,
         )
 
@@ -300,10 +302,12 @@ class _Step:
         return self.sequences * self.tokens
 
     def keeps(self, group: Group) -> float:
-        """What the device's speed comes to."""
+        """What the device's speed comes to: beside others less, as much less as there are few tokens or many."""
         if not self.together and group.degree == 1:
-            return group.device.waking if self.all_tokens == self.sequences else 1.0
-        return group.device.shared if self.all_tokens > 1 else group.device.shared_token
+            return 1.0
+        device = group.device
+        kept = np.interp(np.log(self.all_tokens), [0, np.log(_MANY_TOKENS)], [device.shared_token, device.shared])
+        return float(kept)
 
 
 def _own_speed(device: DeviceClass, scheme: Scheme) -> Speed | None:

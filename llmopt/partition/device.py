@@ -16,7 +16,7 @@ from llmopt.recipe.schema import Section
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-_GIGA, _TERA, _MICRO = 1e9, 1e12, 1e-6
+_MEGA, _GIGA, _TERA, _MICRO = 1e6, 1e9, 1e12, 1e-6
 
 
 def _known_kind(name: str) -> str:
@@ -40,7 +40,10 @@ Kind = Annotated[str, AfterValidator(_known_kind)]
 
 
 # YAML has no tuples.
-Factor = Annotated[tuple[Annotated[int, Field(ge=1)], Positive], Field(strict=False)]
+Factor = Annotated[
+    tuple[Annotated[int | float, Field(gt=0, allow_inf_nan=False)], Positive],
+    Field(strict=False),
+]
 
 
 class Speed(Section):
@@ -67,6 +70,8 @@ class Speed(Section):
     """[tokens, factor]: what a product of so many tokens takes of all that; between two of them by the logarithm."""
     row_factors: list[Factor] = Field(default_factory=list)
     """[inputs, factor]: what one token with rows of so many inputs takes beside, likewise."""
+    size_factors: list[Factor] = Field(default_factory=list)
+    """[10⁶ bytes of weights, factor]: what several tokens take beside, likewise: small weights stay in caches."""
 
     @property
     def flops(self) -> float:
@@ -78,9 +83,12 @@ class Speed(Section):
         """Bytes of weights a second."""
         return self.gb_per_s * _GIGA
 
-    def factor(self, tokens: float, columns: float) -> float:
+    def factor(self, tokens: float, columns: float, weight_bytes: float) -> float:
         """What a product of so many tokens with rows of so many takes, of what the other numbers say."""
-        return _between(self.factors, tokens) * (_between(self.row_factors, columns) if tokens == 1 else 1.0)
+        beside = (
+            _between(self.row_factors, columns) if tokens == 1 else _between(self.size_factors, weight_bytes / _MEGA)
+        )
+        return _between(self.factors, tokens) * beside
 
 
 def _between(factors: list[Factor], place: float) -> float:
@@ -132,8 +140,8 @@ class DeviceClass(Section):
     """What a device keeps of its speed with many tokens while all of its machine work, who share caches and memory."""
     shared_token: Share = 1.0
     """The same with one token."""
-    waking: Share = 1.0
-    """What it keeps with one token where it waits for other stages between: a core that sleeps wakes slowly."""
+    waking_us: NotNegative = 0.0
+    """Microseconds that a token takes longer on a stage that has waited for others: a core that slept starts slowly."""
     expands: bool = False
     """Whether weights of schemes without a speed become floats in memory."""
     price_per_hour: NotNegative | None = None
@@ -150,6 +158,11 @@ class DeviceClass(Section):
     def launch_s(self) -> float:
         """Seconds a block takes for getting under way."""
         return self.launch_us * _MICRO
+
+    @property
+    def waking_s(self) -> float:
+        """Seconds that a token takes longer on a stage that has waited."""
+        return self.waking_us * _MICRO
 
     @model_validator(mode="after")
     def _has_room(self) -> "DeviceClass":

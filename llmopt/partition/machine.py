@@ -66,15 +66,15 @@ class Machine:
     def _kind(self, group: Group, metric: Metric) -> Kind:
         costs = self.item_costs(group)
         back_s = self._back_s()
-        waking_s = (1 - costs.awake) * float(costs.decode_s.sum())
+        prefill_back_s, decode_back_s = back_s / self.costs.cut.parts, back_s + self._first_waking_s()
         prefill_s, decode_s = costs.prefill_s.copy(), costs.decode_s.copy()
-        prefill_s[-1] += back_s / self.costs.cut.parts
-        decode_s[-1] += back_s
+        prefill_s[-1] += prefill_back_s
+        decode_s[-1] += decode_back_s
         return Kind(
             time=prefix(self._mixed(metric, prefill_s, decode_s)),
             memory=prefix(costs.weight_bytes + costs.kv_bytes),
             capacity=group.device.usable_bytes - costs.activation_bytes,
-            alone_s=float(self._mixed(metric, np.array(back_s / self.costs.cut.parts), np.array(back_s + waking_s))),
+            alone_s=float(self._mixed(metric, np.array(prefill_back_s), np.array(decode_back_s))),
             alone_bytes=costs.tied_bytes,
         )
 
@@ -86,21 +86,32 @@ class Machine:
         # All that a micro-batch asks of a stage from its first token to its last.
         return prefill_s * self.costs.cut.parts + decode_s * (self.costs.workload.output - 1)
 
-    def hops_s(self, metric: Metric, node: int) -> tuple[float, float]:
-        """To a device from its own node, and from another."""
-        machine = self.cluster.machine(node)
-        links = machine.link, self.cluster.between
-        prefill_s = np.array([link.seconds(self.costs.prefill_hop_bytes) if link else 0.0 for link in links])
-        decode_s = np.array([link.seconds(self.costs.decode_hop_bytes) if link else 0.0 for link in links])
-        # From another node no phase is quicker than within one.
-        inside, between = self._mixed(metric, np.maximum.accumulate(prefill_s), np.maximum.accumulate(decode_s))
+    def hops_s(self, metric: Metric, device: Device) -> tuple[float, float]:
+        """To a device from its own node, and from another, until it is awake."""
+        prefill_s, decode_s = self._messages_s(device.node)
+        inside, between = self._mixed(metric, prefill_s, decode_s + self._waking_s(device.kind))
         return float(inside), float(between)
+
+    def _messages_s(self, node: int) -> tuple[Array, Array]:
+        """With a micro-batch of prompts, and with a token: from a device of the node, and of another one, [2] each."""
+        links = self.cluster.machine(node).link, self.cluster.between
+        sizes = self.costs.prefill_hop_bytes, self.costs.decode_hop_bytes
+        prefill_s, decode_s = (np.array([link.seconds(size) if link else 0.0 for link in links]) for size in sizes)
+        # From another node no phase is quicker than within one.
+        return np.maximum.accumulate(prefill_s), np.maximum.accumulate(decode_s)
+
+    def _waking_s(self, kind: str) -> float:
+        return self.costs.waking_s(self.cluster.device_class(kind))
 
     def _back_s(self) -> float:
         """The chosen tokens go back to the first stage, over the slowest link that there is."""
         links = [self.cluster.between, *(node.link for node in self.cluster.nodes)]
         size = _ID_BYTES * self.costs.cut.batch
         return max((link.seconds(size) for link in links if link is not None), default=0.0)
+
+    def _first_waking_s(self) -> float:
+        """The first stage wakes as the slowest device does."""
+        return max(self._waking_s(kind) for kind in {kind for node in self.cluster.nodes for kind in node.devices})
 
     def slots(self, devices: Sequence[Device], metric: Metric) -> tuple[list[Kind], list[Slot]]:
         """An order of devices as the search knows it."""
@@ -118,7 +129,7 @@ class Machine:
                         numbers[group] = len(kinds)
                         kinds.append(self.kind(group, metric))
                     options.append((degree, numbers[group]))
-            inside_s, between_s = self.hops_s(metric, device.node)
+            inside_s, between_s = self.hops_s(metric, device)
             slots.append(Slot(options=tuple(options), run=run, inside_s=inside_s, between_s=between_s))
         return kinds, slots
 
@@ -134,11 +145,12 @@ class Machine:
             costs = self.item_costs(group)
             part = slice(piece.first, piece.stop)
             inside = device.node == node
-            hops = [self.hops_s(metric, device.node)[0 if inside else 1] for metric in ("ttft", "tpot")]
+            hops = [float(one[0 if inside else 1]) for one in self._messages_s(device.node)]
             back_s = self._back_s() if piece.stop == items and len(pieces) > 1 else 0.0
             prefill_hop_s, decode_hop_s = hops if number else (0.0, 0.0)
             prefill_hop_s, decode_hop_s = prefill_hop_s + back_s / self.costs.cut.parts, decode_hop_s + back_s
-            tied, awake = (costs.tied_bytes, costs.awake) if len(pieces) == 1 else (0.0, 1.0)
+            waking_s = self._waking_s(device.kind) if number else self._first_waking_s()
+            tied, waking_s = (costs.tied_bytes, 0.0) if len(pieces) == 1 else (0.0, waking_s)
             yield Stage(
                 devices=tuple(one.name for one in devices[piece.slot : piece.slot + piece.degree]),
                 tp=piece.degree,
@@ -149,7 +161,7 @@ class Machine:
                 kv_bytes=round(float(costs.kv_bytes[part].sum())),
                 activation_bytes=round(costs.activation_bytes),
                 prefill_ms=_MS * (float(costs.prefill_s[part].sum()) + prefill_hop_s),
-                decode_ms=_MS * (float(costs.decode_s[part].sum()) * awake + decode_hop_s),
+                decode_ms=_MS * (float(costs.decode_s[part].sum()) + waking_s + decode_hop_s),
                 prefill_hop_ms=_MS * prefill_hop_s,
                 decode_hop_ms=_MS * decode_hop_s,
             )

@@ -27,8 +27,9 @@ def in_nodes(devices: Sequence[Device]) -> Counter[tuple[str, int]]:
 
 def longest_hop_s(machine: Machine, devices: Sequence[Device], metric: Metric) -> float:
     """To any of the devices, from another node if there is one."""
-    nodes = {device.node for device in devices}
-    return max(machine.hops_s(metric, node)[len(nodes) > 1] for node in nodes)
+    several = len({device.node for device in devices}) > 1
+    examples = {(device.kind, device.node): device for device in devices}.values()
+    return max(machine.hops_s(metric, device)[several] for device in examples)
 
 
 def pooled_devices(machine: Machine, devices: Sequence[Device], metric: Metric, hop: Hop = "shortest") -> AnyOrder:
@@ -46,9 +47,7 @@ def pooled_devices(machine: Machine, devices: Sequence[Device], metric: Metric, 
                 kinds.append(_quickest([machine.kind(group, metric) for group in groups]))
                 groupings.append(Grouping(place, degree, degree))
                 # A group that has its node to itself is always behind a hop from another one.
-                hops = [
-                    machine.hops_s(metric, device.node)[0 if in_all[device.node] > degree else 1] for device in there
-                ]
+                hops = [machine.hops_s(metric, device)[0 if in_all[device.node] > degree else 1] for device in there]
                 hops_s.append(min(hops) if hop == "shortest" else longest_hop_s(machine, devices, metric))
     return AnyOrder(kinds=kinds, groupings=groupings, counts=[counts[kind] for kind in classes], hops_s=hops_s)
 

@@ -31,7 +31,7 @@ class Ways:
 
     def hops_s(self, metric: Metric) -> Array:
         """To the devices of each step."""
-        hops = [self.machine.hops_s(metric, device.node) for device in self.devices]
+        hops = [self.machine.hops_s(metric, device) for device in self.devices]
         return np.array([hop[0 if step.near else 1] for hop, step in zip(hops, self.steps.every, strict=True)])
 
     def stepwise(self, metric: Metric) -> Stepwise:

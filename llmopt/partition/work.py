@@ -49,7 +49,7 @@ def share_of(linear: Linear, weight_bytes: float, degree: int, *, writes: bool) 
 
 def product_s(product: Product, speed: Speed) -> float:
     """Seconds of a product."""
-    return speed.factor(product.tokens, product.columns) * _said_s(product, speed)
+    return speed.factor(product.tokens, product.columns, product.weight_bytes) * _said_s(product, speed)
 
 
 def _said_s(product: Product, speed: Speed) -> float:

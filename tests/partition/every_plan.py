@@ -57,6 +57,7 @@ def _cluster(draw, size, most):
         f"k{number}": {
             "memory_gb": size * draw.choice([0.4, 0.6, 0.9, 2.0, 9.0]) / 1e9,
             "launch_us": draw.choice([0, 2]),
+            "waking_us": draw.choice([0, 0, 40]),
             "price_per_hour": draw.choice([1, 2, 3.5]),
             "speeds": {"float32": {"tflops": draw.choice([0.001, 0.002, 0.01]), "gb_per_s": draw.choice([0.5, 1, 4])}},
         }

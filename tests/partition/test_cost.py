@@ -11,7 +11,7 @@ from llmopt.partition.search import Model, Search, Wanted
 from llmopt.quantize.scheme import parse_scheme
 
 BARE = DeviceClass(memory_gb=8, speeds={"float32": {"tflops": 0.1, "gb_per_s": 10}})
-SLOWED = BARE.model_copy(update={"shared": 0.5, "shared_token": 0.8, "waking": 0.9})
+SLOWED = BARE.model_copy(update={"shared": 0.5, "shared_token": 0.8, "waking_us": 70})
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +32,28 @@ def costs(spec, device, *, micro_batches=1, sequences=1, degree=1, schemes=None)
 def test_neighbours_that_work_slow_a_device_and_those_that_wait_do_not(spec):
     alone, slowed = costs(spec, BARE), costs(spec, SLOWED)
     assert slowed.prefill_s[0] == pytest.approx(alone.prefill_s[0])
-    alone, slowed = (costs(spec, one, micro_batches=4) for one in (BARE, SLOWED))
+    alone, slowed = (costs(spec, one, micro_batches=4, sequences=4) for one in (BARE, SLOWED))
     assert slowed.prefill_s[0] == pytest.approx(alone.prefill_s[0] / 0.5)
+    # 16 tokens are two thirds of the way from 1 to 64.
+    alone, slowed = (costs(spec, one, micro_batches=4) for one in (BARE, SLOWED))
+    assert slowed.prefill_s[0] == pytest.approx(alone.prefill_s[0] / 0.6)
     alone, slowed = (costs(spec, one, degree=2) for one in (BARE, SLOWED))
     assert slowed.decode_s[0] == pytest.approx(alone.decode_s[0] / 0.8, rel=1e-3)
 
 
-def test_a_device_that_waits_between_tokens_is_slower_and_one_that_never_waits_is_not(spec):
-    assert costs(spec, SLOWED).decode_s[0] == pytest.approx(costs(spec, BARE).decode_s[0] / 0.9)
-
-    def tpot_ms(device, split):
+def test_a_stage_that_waits_between_tokens_wakes_and_one_that_never_waits_does_not(spec):
+    def tpot_ms(device, split, groups=1):
         node = {"name": "here", "devices": {"core": 2}, "link": {"latency_us": 0, "gb_per_s": 1e6}}
         content = {"schema": "llmopt.cluster/1", "devices": {"core": device.model_dump()}, "nodes": [node]}
         model = Model(name="model", spec=spec, precision=Precision(dtype="float32", schemes={}))
-        wanted = Wanted(objective="tpot", split=split, micro_batches=1)
-        cluster, work = cluster_from_json(content), Workload(prompt=64, output=8)
+        wanted = Wanted(objective="tpot", split=split, micro_batches=groups)
+        cluster, work = cluster_from_json(content), Workload(prompt=64, output=8, batch=groups)
         return Search(model=model, cluster=cluster, workload=work, wanted=wanted).plan().predicted.tpot_ms
 
-    assert tpot_ms(SLOWED, (4,)) == pytest.approx(tpot_ms(BARE, (4,)))
-    assert tpot_ms(SLOWED, (2, 2)) == pytest.approx(tpot_ms(BARE, (2, 2)) / 0.9, rel=1e-3)
+    waking = BARE.model_copy(update={"waking_us": 70})
+    assert tpot_ms(waking, (4,)) == pytest.approx(tpot_ms(BARE, (4,)))
+    assert tpot_ms(waking, (2, 2)) == pytest.approx(tpot_ms(BARE, (2, 2)) + 0.14)
+    assert tpot_ms(waking, (2, 2), groups=2) == pytest.approx(tpot_ms(BARE, (2, 2), groups=2))
 
 
 def test_codes_without_products_take_the_memory_of_floats_where_they_expand(spec):

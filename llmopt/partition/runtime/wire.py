@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmopt.partition.runtime.layout import Layout, Seat
+from llmopt.partition.runtime.sums import Sums
 from llmopt.partition.runtime.trace import Trace
 
 _UNDERWAY = 64  # messages that may wait for their receivers: more are not memory well spent
@@ -23,7 +24,7 @@ class Wire:
         self._underway: list[tuple[dist.Work, Tensor]] = []
         # Every rank takes part in making every group, its own or not.
         groups = [dist.new_group(list(layout.ranks(stage))) for stage in range(len(layout.stages))]
-        self._group = groups[seat.stage]
+        self._sums = Sums(layout.ranks(seat.stage), groups[seat.stage], device)
         self._degree = layout.stages[seat.stage].degree
 
     def send(self, values: Tensor, stage: int) -> None:
@@ -48,24 +49,23 @@ class Wire:
         """The sum over the ranks of this stage, in the place of `values`."""
         values = values.contiguous()
         with self._trace.adding(values.nbytes):
-            dist.all_reduce(values, group=self._group)
+            self._sums.add_up(values)
         return values
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of each value over the ranks of this stage, in the place of `values`."""
         values = values.contiguous()
         with self._trace.adding(values.nbytes):
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+            self._sums.largest(values)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
         """What all ranks of this stage have, one shape for all, along a new first axis."""
         if self._degree == 1:
             return values[None]
-        found = [torch.empty_like(values) for _ in range(self._degree)]
-        with self._trace.adding(values.nbytes):
-            dist.all_gather(found, values.contiguous(), group=self._group)
-        return torch.stack(found)
+        found = values.new_zeros((self._degree, *values.shape))
+        found[self._seat.index] = values
+        return self.add_up(found)
 
     def flush(self) -> None:
         """Wait until all that was sent has arrived."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -10,11 +12,12 @@ from llmopt.engine.blocks import KvCache, Turn, block_forward, plain
 from llmopt.measure.memory import give_back, resident_bytes
 from llmopt.model.spec import Attention, Block, Linear, Mlp, Norm, Rotary
 from llmopt.partition.work import Product, activation_bytes
-from llmopt.pipeline.probing.timing import median_s
+from llmopt.pipeline.probing.timing import BEYOND_CACHES_BYTES, median_s, once_s
 from llmopt.quantize.by_rows import rounded
 from llmopt.quantize.int8_torch import Int8Product
 from llmopt.quantize.scheme import parse_scheme
 
+FEW = 4  # blocks that are passed in a turn
 _CAPACITY = 520
 _HEAD = 64
 _FLOAT_BYTES = 4
@@ -36,11 +39,11 @@ SIZES = (Size(width=512, heads=8, kv_heads=4, inner=1536), Size(width=1024, head
 class Stack:
     """Blocks of one size in float32, with more weights than caches hold."""
 
-    def __init__(self, size: Size, device: torch.device, beyond_bytes: int) -> None:
+    def __init__(self, size: Size, device: torch.device) -> None:
         self.block = made_block(size)
         self._device, self._size = device, size
         one_bytes = sum(_FLOAT_BYTES * tensor.count for tensor in self.block.tensors())
-        self._weights = [self._drawn() for _ in range(beyond_bytes // one_bytes + 1)]
+        self._weights = [self._drawn() for _ in range(BEYOND_CACHES_BYTES // one_bytes + 1)]
         self._caches = [made_cache(size, device) for _ in self._weights]
 
     def _drawn(self) -> dict[str, Tensor]:
@@ -53,19 +56,29 @@ class Stack:
 
     def seconds(self, tokens: int, before: int, times: int = 1) -> float:
         """Of one block, for new tokens of one sequence that has some already."""
-        return median_s(self.work(tokens, before), self._device, times) / self.blocks
+        inputs = made_inputs(self._size, tokens, self._device)
 
-    def work(self, tokens: int, before: int) -> Callable[[], None]:
-        """All blocks, one behind the other."""
-        hidden_BTH, turn = made_inputs(self._size, tokens, self._device)
+        def all_of_them() -> None:
+            for number in range(self.blocks):
+                self._pass(number, inputs, before)
 
-        def step() -> None:
-            states_BTH = hidden_BTH
-            for weights, cache in zip(self._weights, self._caches, strict=True):
-                cache.length = before
-                states_BTH = block_forward(self.block, weights, states_BTH, turn, cache=cache)
+        return median_s(all_of_them, self._device, times) / self.blocks
+
+    def few(self, before: int, few: int = FEW) -> Callable[[], list[float]]:
+        """Work that passes a token through a few blocks, the next ones each time, and says what each of them took."""
+        numbers, inputs = cycle(range(self.blocks)), made_inputs(self._size, 1, self._device)
+
+        def step() -> list[float]:
+            return [
+                once_s(partial(self._pass, number, inputs, before), self._device) for number in islice(numbers, few)
+            ]
 
         return step
+
+    def _pass(self, number: int, inputs: tuple[Tensor, Turn], before: int) -> None:
+        hidden_BTH, turn = inputs
+        self._caches[number].length = before
+        block_forward(self.block, self._weights[number], hidden_BTH, turn, cache=self._caches[number])
 
 
 def scratch_bytes(kind: str, tokens: int = 256) -> float:

@@ -30,7 +30,7 @@ def cluster(probe: Probe) -> Cluster:
 
 def write_cluster(found: Cluster, path: Path, comment: str = _COMMENT) -> None:
     """Write a cluster file."""
-    write_text(path, comment + yaml.safe_dump(to_json(found), sort_keys=False))
+    write_text(path, comment + yaml.safe_dump(to_json(found), sort_keys=False, default_flow_style=None))
 
 
 def _device_class(device: DeviceProbe) -> DeviceClass:
@@ -42,9 +42,9 @@ def _device_class(device: DeviceProbe) -> DeviceClass:
         launch_us=_rounded(1e6 * rest.launch_s),
         attention=_rounded_all(rest.attention),
         passing_gb_per_s=None if rest.passing_bytes_per_s is None else _rounded(rest.passing_bytes_per_s / 1e9),
-        shared=_rounded(min(1.0, device.alone.many_s / device.together.many_s)),
-        shared_token=_rounded(min(1.0, device.alone.token_s / device.together.token_s)),
-        waking=_rounded(min(1.0, device.alone.token_s / device.together.turn_s)),
+        shared=_rounded(device.kept.many),
+        shared_token=_rounded(device.kept.one),
+        waking_us=_rounded(1e6 * device.kept.waking_s),
         expands=True,  # torch has no products with codes of weights alone
     )
 
@@ -52,7 +52,7 @@ def _device_class(device: DeviceProbe) -> DeviceClass:
 def _rounded_speed(speed: Speed) -> Speed:
     factors = {
         name: [(place, _rounded(factor)) for place, factor in getattr(speed, name)]
-        for name in ("factors", "row_factors")
+        for name in ("factors", "row_factors", "size_factors")
     }
     return _rounded_all(speed).model_copy(update=factors)
 

@@ -3,29 +3,61 @@
 Weights are more than caches hold, as those of a model are. The sizes are not those of any model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
 import torch
 from torch import Tensor
 
-from llmopt.partition.device import Attending, Speed
+from llmopt.partition.device import Attending, Factor, Speed
 from llmopt.partition.work import Product, passing_bytes, product_s
-from llmopt.pipeline.probing.blocks import SIZES, Stack, products_of, scratch_bytes
+from llmopt.pipeline.probing.blocks import Size, Stack, made_block, products_of
 from llmopt.pipeline.probing.fit import fitted, per_second
-from llmopt.pipeline.probing.timing import median_s
+from llmopt.pipeline.probing.timing import BEYOND_CACHES_BYTES, median_s
 from llmopt.quantize.int8 import quantize_rows
 from llmopt.quantize.int8_torch import PADDED_TO, Int8Product, available
 from llmopt.quantize.scheme import parse_scheme
 
-SHAPES = ((512, 512), (2048, 512), (512, 2048), (1024, 1024), (4096, 1024), (2048, 2048))  # rows, columns
-TOKENS = (1, 2, 4, 16, 64, 256)
-BEYOND_CACHES_BYTES = 96 << 20
-_LONG = 10  # times as long as other measurements: side by side, speeds come and go
-_MANY = 8  # products of one shape in a row, where reading them is not what takes the time
+# Rows and columns; the last is as large as a vocabulary's.
+SHAPES = ((512, 512), (2048, 512), (512, 2048), (1024, 1024), (4096, 1024), (2048, 2048), (16384, 512))
+TOKENS = (1, 2, 4, 16, 64, 256, 512)
+BLOCK_TOKENS = ((1, 60), (1, 500), (16, 240), (64, 448), (128, 0), (256, 0))  # new ones, and those before
+_ENOUGH_FLOPS = 1 << 32  # of products in a row, where reading them is not what takes the time
+_MEGA, _TERA = 1e6, 1e12
 
 Multiply = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiplied:
+    """A product of a kind."""
+
+    kind: str
+    rows: int
+    columns: int
+    tokens: int
+    weight_bytes: int
+
+    @property
+    def product(self) -> Product:
+        """As costs have it."""
+        return Product(
+            rows=self.rows,
+            columns=self.columns,
+            weight_bytes=self.weight_bytes,
+            tokens=self.tokens,
+            value_bytes=_dtype(self.kind).itemsize,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passed:
+    """A block in float32, with new tokens behind others."""
+
+    size: Size
+    tokens: int
+    before: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,26 +77,6 @@ class Compute:
     rest: Rest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Working:
-    """Seconds of a block for many tokens, for one, and for one where ranks take turns."""
-
-    many_s: float
-    token_s: float
-    turn_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Timed:
-    """A product of one shape."""
-
-    rows: int
-    columns: int
-    tokens: int
-    weight_bytes: int
-    seconds: float
-
-
 def kinds(device: torch.device) -> tuple[str, ...]:
     """Dtypes and schemes that the runtime computes with on a device."""
     if device.type == "cuda":
@@ -72,42 +84,36 @@ def kinds(device: torch.device) -> tuple[str, ...]:
     return ("float32", "w8a8") if available() else ("float32",)
 
 
-def measure_compute(device: torch.device) -> Compute:
-    """Measure a device; takes some seconds for each kind."""
-    with torch.inference_mode():
-        # Memory first, while the process has no other use for it.
-        scratch = {kind: scratch_bytes(kind) if device.type == "cpu" else 0.0 for kind in kinds(device)}
-        speeds = {
-            kind: _speed(list(_timed(kind, device)), kind).model_copy(
-                update={"scratch_mb": scratch[kind] / 1e6, "padded_to": PADDED_TO if kind == "w8a8" else 1}
-            )
-            for kind in kinds(device)
-        }
-        return Compute(speeds=speeds, rest=_rest(speeds["float32"], device))
+def product_seconds(device: torch.device) -> Iterator[tuple[Multiplied, float]]:
+    """One sweep through all products."""
+    for kind in kinds(device):
+        for rows, columns in SHAPES:
+            products, size_bytes = _products(kind, (rows, columns), device)
+            for tokens in TOKENS:
+                case = Multiplied(kind=kind, rows=rows, columns=columns, tokens=tokens, weight_bytes=size_bytes)
+                few = max(1, int(_ENOUGH_FLOPS / case.product.flops))
+                inputs = torch.randn(1, tokens, columns, device=device, dtype=_dtype(kind))
+                yield case, _seconds(products[:few], inputs, device)
 
 
-def measure_working(device: torch.device, turn: Callable[[Callable[[], object]], float] | None = None) -> Working:
-    """Measure what others may slow; `turn` is given work, has it done in turns, and says how long one took."""
-    with torch.inference_mode():
-        stack = Stack(SIZES[-1], device, BEYOND_CACHES_BYTES)
-        token_s = stack.seconds(1, 255, _LONG)
-        turn_s = token_s if turn is None else turn(stack.work(1, 255)) / stack.blocks
-        return Working(many_s=stack.seconds(64, 192, _LONG), token_s=token_s, turn_s=turn_s)
+def block_seconds(stacks: Mapping[Size, Stack]) -> Iterator[tuple[Passed, float]]:
+    """One sweep through all blocks."""
+    for size, stack in stacks.items():
+        for tokens, before in BLOCK_TOKENS:
+            yield Passed(size=size, tokens=tokens, before=before), stack.seconds(tokens, before)
 
 
-def _timed(kind: str, device: torch.device) -> Iterator[_Timed]:
-    for rows, columns in SHAPES:
-        products, size_bytes = _products(kind, (rows, columns), device)
-        for tokens in TOKENS:
-            some = products if tokens < TOKENS[-2] else products[:_MANY]
-            inputs = _inputs(kind, (rows, columns), tokens, device)
-            yield _Timed(
-                rows=rows,
-                columns=columns,
-                tokens=tokens,
-                weight_bytes=size_bytes,
-                seconds=_seconds(some, inputs, device),
-            )
+def computing(
+    products: Mapping[Multiplied, float], blocks: Mapping[Passed, float], scratch_bytes: Mapping[str, float]
+) -> Compute:
+    """The speeds by which all of these seconds would be predicted best, and what a kind holds beside."""
+    speeds = {
+        kind: _speed({case: seconds for case, seconds in products.items() if case.kind == kind}).model_copy(
+            update={"scratch_mb": size / _MEGA, "padded_to": PADDED_TO if kind == "w8a8" else 1}
+        )
+        for kind, size in scratch_bytes.items()
+    }
+    return Compute(speeds=speeds, rest=_rest(blocks, speeds["float32"]))
 
 
 def _seconds(products: Sequence[Multiply], inputs: Tensor, device: torch.device) -> float:
@@ -126,108 +132,90 @@ def _products(kind: str, shape: tuple[int, int], device: torch.device) -> tuple[
     if kind == "w8a8":
         codes = quantize_rows(weight_OI, parse_scheme("w8a8"))
         size_bytes = Int8Product(codes).nbytes
-        return [Int8Product(codes) for _ in range(BEYOND_CACHES_BYTES // size_bytes)], size_bytes
+        return [Int8Product(codes) for _ in range(_copies(size_bytes))], size_bytes
     weight_OI = weight_OI.to(device=device, dtype=_dtype(kind))
-    copies = [weight_OI.clone() for _ in range(BEYOND_CACHES_BYTES // weight_OI.nbytes)]
-    return [_linear(copy) for copy in copies], weight_OI.nbytes
+    return [_linear(weight_OI.clone()) for _ in range(_copies(weight_OI.nbytes))], weight_OI.nbytes
+
+
+def _copies(size_bytes: int) -> int:
+    return BEYOND_CACHES_BYTES // size_bytes + 1
 
 
 def _linear(weight_OI: Tensor) -> Multiply:
     return lambda x: torch.nn.functional.linear(x, weight_OI)
 
 
-def _inputs(kind: str, shape: tuple[int, int], tokens: int, device: torch.device) -> Tensor:
-    return torch.randn(1, tokens, shape[1], device=device, dtype=_dtype(kind))
-
-
 def _dtype(kind: str) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind, torch.float32)
 
 
-def _speed(found: Sequence[_Timed], kind: str) -> Speed:
+def _speed(found: Mapping[Multiplied, float]) -> Speed:
     """The speeds by which all of these would be predicted best."""
-    value_bytes = _dtype(kind).itemsize
-    one = [timed.tokens == 1 for timed in found]
+    products = [case.product for case in found]
+    alone = [product.tokens == 1 for product in products]
     costs = fitted(
         {
             "call": [1.0] * len(found),
-            "row": [timed.rows * alone for timed, alone in zip(found, one, strict=True)],
-            "read": [timed.weight_bytes * alone for timed, alone in zip(found, one, strict=True)],
-            "pack": [timed.weight_bytes * (not alone) for timed, alone in zip(found, one, strict=True)],
-            "pass": [
-                timed.tokens * (timed.rows + timed.columns) * value_bytes * (not alone)
-                for timed, alone in zip(found, one, strict=True)
-            ],
-            "multiply": [
-                2 * timed.tokens * timed.rows * timed.columns * (not alone)
-                for timed, alone in zip(found, one, strict=True)
-            ],
+            "row": [product.rows * one for product, one in zip(products, alone, strict=True)],
+            "read": [product.weight_bytes * one for product, one in zip(products, alone, strict=True)],
+            "pack": [product.weight_bytes * (not one) for product, one in zip(products, alone, strict=True)],
+            "pass": [product.passing_bytes * (not one) for product, one in zip(products, alone, strict=True)],
+            "multiply": [product.flops * (not one) for product, one in zip(products, alone, strict=True)],
         },
-        [timed.seconds for timed in found],
+        list(found.values()),
     )
-    fastest = max(2 * timed.tokens * timed.rows * timed.columns / timed.seconds for timed in found)
-    widest = max(timed.weight_bytes / timed.seconds for timed in found)
+    fastest = max(case.product.flops / seconds for case, seconds in found.items())
+    widest = max(case.weight_bytes / seconds for case, seconds in found.items())
     speed = Speed(
-        tflops=(per_second(costs["multiply"]) or fastest) / 1e12,
+        tflops=(per_second(costs["multiply"]) or fastest) / _TERA,
         gb_per_s=(per_second(costs["read"]) or widest) / 1e9,
         row_ns=1e9 * costs["row"],
         packing_gb_per_s=_giga(per_second(costs["pack"])),
         passing_gb_per_s=_giga(per_second(costs["pass"])),
         call_us=1e6 * costs["call"],
     )
-    by_tokens = speed.model_copy(update={"factors": _factors(found, speed, value_bytes, by=lambda timed: timed.tokens)})
-    alone = [timed for timed in found if timed.tokens == 1]
-    return by_tokens.model_copy(
-        update={"row_factors": _factors(alone, by_tokens, value_bytes, by=lambda timed: timed.columns)}
+    speed = speed.model_copy(update={"factors": _factors(found, speed, by=lambda case: case.tokens)})
+    one = {case: seconds for case, seconds in found.items() if case.tokens == 1}
+    several = {case: seconds for case, seconds in found.items() if case.tokens > 1}
+    return speed.model_copy(
+        update={
+            "row_factors": _factors(one, speed, by=lambda case: case.columns),
+            "size_factors": _factors(several, speed, by=lambda case: round(case.weight_bytes / _MEGA, 1)),
+        }
     )
 
 
-def _factors(
-    found: Sequence[_Timed], speed: Speed, value_bytes: int, by: Callable[[_Timed], int]
-) -> list[tuple[int, float]]:
+def _factors(found: Mapping[Multiplied, float], speed: Speed, by: Callable[[Multiplied], float]) -> list[Factor]:
     """What was measured of what the speeds say, the geometric mean of all that are alike."""
-
-    def off(timed: _Timed) -> float:
-        product = Product(
-            rows=timed.rows,
-            columns=timed.columns,
-            weight_bytes=timed.weight_bytes,
-            tokens=timed.tokens,
-            value_bytes=value_bytes,
-        )
-        return timed.seconds / product_s(product, speed)
-
-    places = sorted({by(timed) for timed in found})
-    return [(place, geometric_mean(off(timed) for timed in found if by(timed) == place)) for place in places]
+    off: dict[float, list[float]] = {}
+    for case, seconds in found.items():
+        off.setdefault(by(case), []).append(seconds / product_s(case.product, speed))
+    return [(place, geometric_mean(off[place])) for place in sorted(off)]
 
 
 def _giga(bytes_per_s: float | None) -> float | None:
     return None if bytes_per_s is None else bytes_per_s / 1e9
 
 
-def _rest(speed: Speed, device: torch.device) -> Rest:
+def _rest(found: Mapping[Passed, float], speed: Speed) -> Rest:
     """Blocks as they run, less their products."""
     rows: dict[str, list[float]] = {"launch": [], "pass": [], "attend": [], "cache": []}
     seconds: list[float] = []
-    for size in SIZES:
-        stack = Stack(size, device, BEYOND_CACHES_BYTES)
-        attention = stack.block.attention
-        for tokens, before in ((1, 60), (1, 500), (16, 240), (64, 448), (128, 0), (256, 0)):
-            whole_s = stack.seconds(tokens, before)
-            rest_s = whole_s - sum(product_s(product, speed) for product in products_of(stack.block, tokens))
-            # Where products are nearly all of it, what is left of them is noise.
-            seconds.append(max(rest_s, 0.02 * whole_s))
-            pairs = tokens * (tokens + before)
-            rows["launch"].append(1.0)
-            rows["pass"].append(passing_bytes(stack.block, tokens, pairs, 4) * (tokens > 1))
-            rows["attend"].append(4 * attention.q_size * pairs * (tokens > 1))
-            rows["cache"].append(2 * attention.kv_size * (before + 1) * 4 * (tokens == 1))
+    for case, whole_s in found.items():
+        block, tokens, pairs = made_block(case.size), case.tokens, case.tokens * (case.tokens + case.before)
+        rest_s = whole_s - sum(product_s(product, speed) for product in products_of(block, tokens))
+        # Where products are nearly all of it, what is left of them is noise.
+        seconds.append(max(rest_s, 0.02 * whole_s))
+        rows["launch"].append(1.0)
+        rows["pass"].append(passing_bytes(block, tokens, pairs, 4) * (tokens > 1))
+        rows["attend"].append(4 * block.attention.q_size * pairs * (tokens > 1))
+        rows["cache"].append(2 * block.attention.kv_size * (case.before + 1) * 4 * (tokens == 1))
     costs = fitted(rows, seconds)
     return Rest(
         launch_s=costs["launch"],
         passing_bytes_per_s=per_second(costs["pass"]),
         attention=Attending(
-            tflops=(per_second(costs["attend"]) or speed.flops) / 1e12,
+            tflops=(per_second(costs["attend"]) or speed.flops) / _TERA,
             gb_per_s=(per_second(costs["cache"]) or speed.bytes_per_s) / 1e9,
         ),
     )

@@ -1,16 +1,20 @@
 """How long messages between ranks take: what the first byte costs, and what each one after it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
 
+from llmopt.partition.runtime.sums import Sums
+from llmopt.pipeline.probing.timing import once_s
+
 SMALL_BYTES, LARGE_BYTES = 1 << 12, 1 << 22
-_SECONDS, _LEAST, _MOST = 1.0, 5, 200  # for each size
+_SECONDS, _LEAST, _MOST = 0.3, 5, 200  # for each size in a sweep
 _TURNS = 25
+_SUMS = 60
 _FLOAT_BYTES = 4
 
 
@@ -22,8 +26,8 @@ class Link:
     bytes_per_s: float
 
 
-def measure_messages(rank: int, device: torch.device) -> Link:
-    """From rank 0 to rank 1 and back, half of it; the others wait. Call it on all ranks, and read it on rank 0."""
+def message_seconds(rank: int, device: torch.device) -> dict[int, float]:
+    """By bytes: from rank 0 to rank 1 and back, half of it; the others wait. Call it on all ranks; rank 0 knows."""
 
     def there_and_back(size_bytes: int) -> float:
         values = torch.zeros(size_bytes // _FLOAT_BYTES, device=device)
@@ -38,41 +42,49 @@ def measure_messages(rank: int, device: torch.device) -> Link:
 
         return _mean_s(once, device) / 2
 
-    return _link(there_and_back)
+    return {size: there_and_back(size) for size in (SMALL_BYTES, LARGE_BYTES)}
 
 
-def measure_sums(device: torch.device) -> Link:
-    """Adding up over all ranks, as a function of the bytes that each one has. Call it on all ranks."""
+def sum_seconds(sums: Sums, work: Callable[[], object], device: torch.device) -> dict[int, float]:
+    """Adding up over all ranks, by the bytes that each one has. Call it on all ranks.
+
+    Each sum is behind some work, as it is in a block: ranks that come at the same moment are quicker, and never do.
+    """
 
     def add_up(size_bytes: int) -> float:
         values = torch.zeros(size_bytes // _FLOAT_BYTES, device=device)
-        return _mean_s(lambda: dist.all_reduce(values), device)
+        spent_s: list[float] = []
+        for _ in range(_SUMS):
+            once_s(work, device)
+            spent_s.append(once_s(lambda: sums.add_up(values), device))
+        return fmean(spent_s)
 
-    return _link(add_up)
+    return {size: add_up(size) for size in (SMALL_BYTES, LARGE_BYTES)}
 
 
-def in_turns(work: Callable[[], object], rank: int, device: torch.device) -> float:
-    """Ranks 0 and 1 work in turns, each when the other is done; how long the work takes then. Call it on all ranks."""
+def waking_s(steps: Callable[[], list[float]], rank: int, device: torch.device) -> float:
+    """What work takes longer because its rank has waited: ranks 0 and 1 do it in turns. Call it on all ranks.
+
+    `steps` says what each of several steps took that are alike; by the last of them a rank is taken to be awake.
+    """
     word = torch.zeros(1, device=device)
-    spent_s: list[float] = []
+    turns: list[list[float]] = []
     dist.barrier()
     for _ in range(_TURNS if rank < 2 else 0):
         if rank == 1:
             dist.recv(word, 0)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spent_s.append(time.perf_counter() - start)
+        turns.append(steps())
         dist.send(word, 1 - rank)
         if rank == 0:
             dist.recv(word, 1)
     dist.barrier()
-    return median(spent_s) if spent_s else 0.0
+    *early, last = (median(step) for step in zip(*turns, strict=True)) if turns else [0.0]
+    return max(0.0, sum(early) - len(early) * last)
 
 
-def _link(seconds: Callable[[int], float]) -> Link:
-    small_s, large_s = seconds(SMALL_BYTES), seconds(LARGE_BYTES)
+def line(seconds: Mapping[int, float]) -> Link:
+    """The line through two sizes."""
+    small_s, large_s = seconds[SMALL_BYTES], seconds[LARGE_BYTES]
     byte_s = max(large_s - small_s, 1e-12) / (LARGE_BYTES - SMALL_BYTES)
     return Link(latency_s=max(small_s - SMALL_BYTES * byte_s, 0.0), bytes_per_s=1 / byte_s)
 

@@ -1,9 +1,10 @@
 """`llmopt probe`: every rank of this machine measured, alone and with the others, and the links between them."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import psutil
@@ -15,13 +16,27 @@ from llmopt.errors import UsageError
 from llmopt.measure.host import describe_host, usable_cores
 from llmopt.measure.memory import available_bytes, resident_bytes
 from llmopt.partition.runtime.layout import Layout, StageLayout
+from llmopt.partition.runtime.sums import Sums
 from llmopt.pipeline.launching.supervise import run_processes
 from llmopt.pipeline.launching.warm import warm_up
-from llmopt.pipeline.probing.compute import Compute, Working, measure_compute, measure_working
-from llmopt.pipeline.probing.links import Link, in_turns, measure_messages, measure_sums
+from llmopt.pipeline.probing.blocks import SIZES, Size, Stack, scratch_bytes
+from llmopt.pipeline.probing.compute import (
+    Compute,
+    Multiplied,
+    Passed,
+    block_seconds,
+    computing,
+    kinds,
+    product_seconds,
+)
+from llmopt.pipeline.probing.links import Link, line, message_seconds, sum_seconds, waking_s
+from llmopt.pipeline.probing.timing import SWEEPS, medians
 from llmopt.progress import Progress
 
 TIMEOUT_S = 60.0
+MANY = 64  # tokens
+_LONG = 5  # times as long as other measurements: side by side, speeds come and go
+_SEEN = 256  # tokens, the new ones among them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,16 +47,24 @@ class ProbeRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What a rank keeps of its speed while all others work, with many tokens and with one; what waking takes it."""
+
+    many: float
+    one: float
+    waking_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProbe:
-    """One rank's share of the machine: what it does alone, and while all others do the same."""
+    """One rank's share of the machine: what it does alone, and what it keeps of that."""
 
     name: str
     is_gpu: bool
     memory_bytes: int
     process_bytes: int
     compute: Compute
-    alone: Working
-    together: Working
+    kept: Kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +77,26 @@ class Probe:
     sums: Link | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sweep:
+    """Seconds: of products and blocks of a rank alone; of a block with so many tokens, alone and beside all others; of
+    messages and sums of so many bytes; and of waking.
+    """
+
+    products: Mapping[Multiplied, float]
+    blocks: Mapping[Passed, float]
+    alone: Mapping[int, float]
+    together: Mapping[int, float]
+    messages: Mapping[int, float]
+    sums: Mapping[int, float]
+    waking_s: float
+
+
 _PROBE = TypeAdapter(Probe)
 
 
 def probe(request: ProbeRequest, progress: Progress) -> Probe:
-    """Measure this machine; takes some half a minute.
+    """Measure this machine; takes about a minute.
 
     Raises:
         UsageError: there are fewer cores or GPUs than ranks.
@@ -81,24 +119,53 @@ def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
     """What one rank does of it; the first writes what was found."""
     warm_up(device)
     process_bytes = resident_bytes()
-    compute = measure_compute(device) if rank == 0 else None
-    alone = measure_working(device) if rank == 0 else None
-    dist.barrier()
-    turn = partial(in_turns, rank=rank, device=device) if ranks > 1 else None
-    together = measure_working(device, turn)
-    dist.barrier()
-    messages, sums = (measure_messages(rank, device), measure_sums(device)) if ranks > 1 else (None, None)
-    if compute is not None and alone is not None:
+    with torch.inference_mode():
+        # Memory first, while the process has no other use for it.
+        scratch = {kind: scratch_bytes(kind) if device.type == "cpu" else 0.0 for kind in kinds(device)}
+        stacks = {size: Stack(size, device) for size in (SIZES if rank == 0 else SIZES[:1])}
+        sums = Sums(range(ranks), dist.group.WORLD, device)
+        sweeps = [_sweep(rank, sums, device, stacks) for _ in range(SWEEPS)]
+    if rank == 0:
         found = DeviceProbe(
             name=_name(device),
             is_gpu=device.type == "cuda",
             memory_bytes=_memory_bytes(device, ranks),
             process_bytes=process_bytes,
-            compute=compute,
-            alone=alone,
-            together=together if ranks > 1 else alone,
+            compute=computing(medians(one.products for one in sweeps), medians(one.blocks for one in sweeps), scratch),
+            kept=_kept(sweeps),
         )
-        path.write_bytes(_PROBE.dump_json(Probe(ranks=ranks, device=found, messages=messages, sums=sums)))
+        messages, added = (medians(one.messages for one in sweeps), medians(one.sums for one in sweeps))
+        links = (line(messages), line(added)) if ranks > 1 else (None, None)
+        path.write_bytes(_PROBE.dump_json(Probe(ranks=ranks, device=found, messages=links[0], sums=links[1])))
+
+
+def _sweep(rank: int, sums: Sums, device: torch.device, stacks: Mapping[Size, Stack]) -> _Sweep:
+    stack = stacks[SIZES[0]]
+
+    def seconds() -> dict[int, float]:
+        return {tokens: stack.seconds(tokens, _SEEN - tokens, _LONG) for tokens in (1, MANY)}
+
+    products = dict(product_seconds(device)) if rank == 0 else {}
+    blocks, alone = (dict(block_seconds(stacks)), seconds()) if rank == 0 else ({}, {})
+    dist.barrier()
+    together = seconds()
+    dist.barrier()
+    several = dist.get_world_size() > 1
+    return _Sweep(
+        products=products,
+        blocks=blocks,
+        alone=alone,
+        together=together,
+        messages=message_seconds(rank, device) if several else {},
+        sums=sum_seconds(sums, stack.few(_SEEN, 1), device) if several else {},
+        waking_s=waking_s(stack.few(_SEEN), rank, device) if several else 0.0,
+    )
+
+
+def _kept(sweeps: Sequence[_Sweep]) -> Kept:
+    # Within a sweep one is measured right behind the other.
+    many, one = (median(each.alone[tokens] / each.together[tokens] for each in sweeps) for tokens in (MANY, 1))
+    return Kept(many=min(1.0, many), one=min(1.0, one), waking_s=median(each.waking_s for each in sweeps))
 
 
 def _name(device: torch.device) -> str:

@@ -8,13 +8,24 @@ from llmopt.cli.outcome import run
 from llmopt.errors import UsageError
 from llmopt.partition.cluster import load_cluster
 from llmopt.partition.device import Attending, Speed
-from llmopt.partition.work import Product, product_s
-from llmopt.pipeline.probing import compute, timing
+from llmopt.partition.work import product_s
+from llmopt.pipeline.probing import blocks, compute, timing
+from llmopt.pipeline.probing.blocks import Size, Stack
 from llmopt.pipeline.probing.cluster_file import cluster, write_cluster
-from llmopt.pipeline.probing.compute import Compute, Rest, Working, _speed, _Timed, kinds, measure_compute
+from llmopt.pipeline.probing.compute import (
+    Compute,
+    Multiplied,
+    Rest,
+    _speed,
+    block_seconds,
+    computing,
+    kinds,
+    product_seconds,
+)
 from llmopt.pipeline.probing.fit import fitted, per_second
-from llmopt.pipeline.probing.links import LARGE_BYTES, SMALL_BYTES, Link, _link
-from llmopt.pipeline.probing.probe import DeviceProbe, Probe, ProbeRequest, probe
+from llmopt.pipeline.probing.links import LARGE_BYTES, SMALL_BYTES, Link, line, waking_s
+from llmopt.pipeline.probing.probe import DeviceProbe, Kept, Probe, ProbeRequest, probe
+from llmopt.pipeline.probing.timing import medians
 from llmopt.progress import Silent
 
 FOUND = Probe(
@@ -34,12 +45,12 @@ FOUND = Probe(
                     call_us=3,
                     factors=[(2, 1.5)],
                     row_factors=[(512, 1.2)],
+                    size_factors=[(33.6, 1.3)],
                 )
             },
             rest=Rest(launch_s=1e-4, passing_bytes_per_s=2e10, attention=Attending(tflops=0.04, gb_per_s=7)),
         ),
-        alone=Working(many_s=0.9, token_s=0.8, turn_s=0.8),
-        together=Working(many_s=1.0, token_s=0.4, turn_s=1.0),
+        kept=Kept(many=0.9, one=1.0, waking_s=3e-4),
     ),
     messages=Link(latency_s=1e-4, bytes_per_s=1.23456e9),
     sums=Link(latency_s=2e-4, bytes_per_s=1e9),
@@ -48,53 +59,78 @@ FOUND = Probe(
 
 def test_a_device_is_measured_in_every_kind_that_it_computes_with(monkeypatch):
     monkeypatch.setattr(timing, "SECONDS", 0.0)
-    monkeypatch.setattr(compute, "BEYOND_CACHES_BYTES", 1 << 24)
-    found = measure_compute(torch.device("cpu"))
-    assert tuple(found.speeds) == kinds(torch.device("cpu"))
+    for module in (blocks, compute):
+        monkeypatch.setattr(module, "BEYOND_CACHES_BYTES", 1 << 22)
+    monkeypatch.setattr(compute, "SHAPES", compute.SHAPES[:-1])
+    device, size = torch.device("cpu"), Size(width=256, heads=4, kv_heads=2, inner=512)
+    found = computing(
+        dict(product_seconds(device)),
+        dict(block_seconds({size: Stack(size, device)})),
+        dict.fromkeys(kinds(device), 1e6),
+    )
+    assert tuple(found.speeds) == kinds(device)
     for speed in found.speeds.values():
         assert 1e8 < speed.flops < 1e14
         assert 1e7 < speed.bytes_per_s < 1e13
+        assert speed.scratch_mb == 1
     assert 0 <= found.rest.launch_s < 1
     assert 1e8 < 1e12 * found.rest.attention.tflops < 1e15
 
 
-def test_speeds_are_found_from_the_times_that_they_give():
-    given = Speed(tflops=0.09, gb_per_s=20, row_ns=120, packing_gb_per_s=10, passing_gb_per_s=6, call_us=70)
-    timed = [
-        _Timed(
-            rows=rows, columns=columns, tokens=tokens, weight_bytes=4 * rows * columns, seconds=product_s(each, given)
-        )
+def multiplied(speed, slower=lambda case: 1.0):
+    cases = [
+        Multiplied(kind="float32", rows=rows, columns=columns, tokens=tokens, weight_bytes=4 * rows * columns)
         for rows, columns in compute.SHAPES
         for tokens in compute.TOKENS
-        for each in [Product(rows=rows, columns=columns, weight_bytes=4 * rows * columns, tokens=tokens, value_bytes=4)]
     ]
-    found = _speed(timed, "float32")
+    return {case: product_s(case.product, speed) * slower(case) for case in cases}
+
+
+def test_speeds_are_found_from_the_times_that_they_give():
+    given = Speed(tflops=0.09, gb_per_s=20, row_ns=120, packing_gb_per_s=10, passing_gb_per_s=6, call_us=70)
+    found = _speed(multiplied(given))
     for name in ("tflops", "gb_per_s", "row_ns", "packing_gb_per_s", "passing_gb_per_s", "call_us"):
         assert getattr(found, name) == pytest.approx(getattr(given, name), rel=1e-3)
     assert [tokens for tokens, _ in found.factors] == list(compute.TOKENS)
-    assert [factor for _, factor in found.factors] == pytest.approx([1.0] * len(compute.TOKENS), rel=1e-3)
+    for factors in (found.factors, found.row_factors, found.size_factors):
+        assert [factor for _, factor in factors] == pytest.approx([1.0] * len(factors), rel=1e-3)
 
 
-def test_what_speeds_do_not_explain_is_a_factor():
-    plain = Speed(tflops=0.09, gb_per_s=20, packing_gb_per_s=10)
-    timed = [
-        _Timed(
-            rows=rows,
-            columns=columns,
-            tokens=tokens,
-            weight_bytes=4 * rows * columns,
-            seconds=product_s(each, plain) * (1.5 if tokens == 2 else 1.0),
-        )
-        for rows, columns in compute.SHAPES
-        for tokens in compute.TOKENS
-        for each in [Product(rows=rows, columns=columns, weight_bytes=4 * rows * columns, tokens=tokens, value_bytes=4)]
-    ]
-    found = _speed(timed, "float32")
-    for one in timed:
-        product = Product(
-            rows=one.rows, columns=one.columns, weight_bytes=one.weight_bytes, tokens=one.tokens, value_bytes=4
-        )
-        assert product_s(product, found) == pytest.approx(one.seconds, rel=0.1)
+@pytest.mark.parametrize(
+    "slower",
+    [
+        pytest.param(lambda case: 1.5 if case.tokens == 2 else 1.0, id="two tokens"),
+        pytest.param(lambda case: 1.4 if case.tokens > 1 and case.rows > 10_000 else 1.0, id="several, large weights"),
+        pytest.param(lambda case: 1.3 if case.tokens == 1 and case.columns == 2048 else 1.0, id="one, long rows"),
+    ],
+)
+def test_what_speeds_do_not_explain_is_a_factor(slower):
+    times = multiplied(Speed(tflops=0.09, gb_per_s=20, packing_gb_per_s=10), slower)
+    found = _speed(times)
+    for case, seconds in times.items():
+        assert product_s(case.product, found) == pytest.approx(seconds, rel=0.1)
+
+
+def test_a_sweep_that_was_disturbed_counts_nothing():
+    assert medians({"product": seconds} for seconds in (1.0, 5.0, 1.1, 0.9, 4.0)) == {"product": 1.1}
+
+
+def test_the_steps_before_a_rank_is_awake_take_longer(monkeypatch):
+    class Alone:
+        @staticmethod
+        def barrier():
+            pass
+
+        @staticmethod
+        def send(values, rank):
+            pass
+
+        recv = send
+
+    monkeypatch.setattr("llmopt.pipeline.probing.links.dist", Alone)
+    assert waking_s(lambda: [3.0, 2.0, 1.5], 0, torch.device("cpu")) == pytest.approx(2.0)
+    assert waking_s(lambda: [1.0, 1.0, 1.5], 0, torch.device("cpu")) == 0
+    assert waking_s(lambda: [3.0, 2.0, 1.5], 2, torch.device("cpu")) == 0  # only two take turns
 
 
 def test_what_explains_nothing_costs_nothing():
@@ -105,11 +141,10 @@ def test_what_explains_nothing_costs_nothing():
 
 
 def test_a_link_is_a_line_through_two_sizes():
-    found = _link(lambda size_bytes: 0.001 + size_bytes / 2e9)
+    found = line({size_bytes: 0.001 + size_bytes / 2e9 for size_bytes in (SMALL_BYTES, LARGE_BYTES)})
     assert found.latency_s == pytest.approx(0.001)
     assert found.bytes_per_s == pytest.approx(2e9)
-    assert _link(lambda size_bytes: 0.001).latency_s == pytest.approx(0.001)
-    assert SMALL_BYTES < LARGE_BYTES
+    assert line({SMALL_BYTES: 0.001, LARGE_BYTES: 0.001}).latency_s == pytest.approx(0.001)
 
 
 def test_the_cluster_file_says_what_was_found_beside_others(tmp_path):
@@ -123,7 +158,7 @@ def test_the_cluster_file_says_what_was_found_beside_others(tmp_path):
     assert device.speeds["float32"].packing_gb_per_s == pytest.approx(8)
     assert device.attention == Attending(tflops=0.04, gb_per_s=7)
     assert (device.passing_gb_per_s, device.shared, device.shared_token) == (pytest.approx(20), pytest.approx(0.9), 1)
-    assert device.waking == pytest.approx(0.8)
+    assert device.waking_s == pytest.approx(3e-4)
     assert device.expands
     assert device.usable_bytes == pytest.approx(9e8)
     assert device.launch_s == pytest.approx(1e-4)
