@@ -2,9 +2,10 @@
 
     python -m benchmarks.partition_truth --models FOLDER --results FILE.json [--only vocabulary] [--calibrate]
 
-One call is one pass: it probes this machine, then plans and runs every pair that is asked for on two ranks, and adds
-what it found to the results. Printed are the medians of all passes there. Models but the reference one are made into
-the folder: a wide one, and one whose vocabulary takes more than its blocks; nothing in llmopt knows them.
+One call is one pass through every pair that is asked for: it probes this machine, plans and runs the pair on two ranks
+in every scheme, and adds what it found to the results. Printed are the medians of all passes there. Models but the
+reference one are made into the folder: a wide one, and one whose vocabulary takes more than its blocks; nothing in
+llmopt knows them.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from llmopt.pipeline.probing.cluster_file import write_cluster
 from llmopt.progress import Silent
 from tests.reference import reference_model
 
-PROMPT, OUTPUT, ROUNDS = 256, 24, 3
+PROMPT, OUTPUT, ROUNDS = 256, 24, 7
 BLOCKS = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 MADE = {
     "wide": {"intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 16000, "tie_word_embeddings": False},
@@ -157,26 +158,29 @@ def busy_and_own_s() -> tuple[float, float]:
 
 
 def one_pass(
-    only: str, schemes: Sequence[str | None], folder: Path, cluster: Path
+    only: str, schemes: Sequence[str | None], folder: Path, known: Path | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pair that is asked for, run once."""
+    """Every pair that is asked for, run once behind a probe, unless the cluster is known."""
     for pair in PAIRS:
-        for scheme in schemes:
-            name = f"{pair.model}, {scheme or 'float32'}: {pair.asked}"
-            if only in name:
-                model = (
-                    str(reference_model())
-                    if pair.model == "reference"
-                    else made_model(folder / pair.model, MADE[pair.model])
-                )
-                yield name, undisturbed(partial(run, pair, scheme, model, cluster))
+        names = {f"{pair.model}, {scheme or 'float32'}: {pair.asked}": scheme for scheme in schemes}
+        asked = {name: scheme for name, scheme in names.items() if only in name}
+        with TemporaryDirectory() as scratch:
+            cluster = known or Path(scratch) / "cluster.yaml"
+            if asked and known is None:
+                probe(cluster, ranks=2, quiet=True)
+            for name, scheme in asked.items():
+                yield name, undisturbed(partial(run, pair, scheme, model_of(pair, folder), cluster))
+
+
+def model_of(pair: Pair, folder: Path) -> str:
+    """Where its model is, made if it has to be."""
+    return str(reference_model()) if pair.model == "reference" else made_model(folder / pair.model, MADE[pair.model])
 
 
 def calibration(folder: Path, cluster: Path) -> Iterator[str]:
     """One run corrects the cluster file: how far off predictions are before and behind, of its plan and of another."""
     first, other = (pair for pair in PAIRS if pair.model == "wide" and pair.micro_batches == 1 and pair.degree == 1)
-    model = made_model(folder / first.model, MADE[first.model])
-    refined = folder / "refined.yaml"
+    model, refined = model_of(first, folder), folder / "refined.yaml"
     run(first, None, model, cluster, refined)
     yield "| plan | TTFT, before → behind | TPOT, before → behind |\n| --- | --- | --- |"
     for pair in (first, other):
@@ -215,24 +219,24 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="what earlier passes found, and where this adds")
     parser.add_argument("--only", default="", help="pairs whose names hold this")
     parser.add_argument("--scheme", choices=("float32", "w8a8"), help="only this one")
-    parser.add_argument("--cluster", type=Path, help="this cluster file, in place of a probe")
+    parser.add_argument("--cluster", type=Path, help="this cluster file, in place of probes")
     parser.add_argument("--calibrate", action="store_true", help="show what launch --calibrate corrects, and no more")
     parser.add_argument("--table", action="store_true", help="only print")
     asked = parser.parse_args()
     results = json.loads(asked.results.read_text()) if asked.results.exists() else {}
     if not asked.table:
         schemes = SCHEMES if asked.scheme is None else [None if asked.scheme == "float32" else asked.scheme]
-        with TemporaryDirectory() as name:
-            cluster = asked.cluster or Path(name) / "cluster.yaml"
-            if asked.cluster is None:
-                probe(cluster, ranks=2, quiet=True)
-            if asked.calibrate:
+        if asked.calibrate:
+            with TemporaryDirectory() as name:
+                cluster = asked.cluster or Path(name) / "cluster.yaml"
+                if asked.cluster is None:
+                    probe(cluster, ranks=2, quiet=True)
                 print("\n".join(calibration(asked.models, cluster)))
-                return
-            for pair, found in one_pass(asked.only, schemes, asked.models, cluster):
-                results.setdefault(pair, []).append(found)
-                asked.results.write_text(json.dumps(results))
-                print(pair, found, flush=True)
+            return
+        for pair, found in one_pass(asked.only, schemes, asked.models, asked.cluster):
+            results.setdefault(pair, []).append(found)
+            asked.results.write_text(json.dumps(results))
+            print(pair, found, flush=True)
     print("\n".join(table(results)))
 
 

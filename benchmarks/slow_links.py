@@ -25,7 +25,7 @@ from llmopt.partition.cluster import load_cluster
 from llmopt.partition.device import Link
 from llmopt.pipeline.partition import PartitionRequest, partition
 from llmopt.pipeline.probing.cluster_file import write_cluster
-from llmopt.pipeline.probing.links import measure_messages
+from llmopt.pipeline.probing.links import line, message_seconds
 from llmopt.progress import Silent
 from tests.reference import reference_model
 
@@ -76,7 +76,7 @@ def in_both(command: Sequence[str]) -> str:
 def measure() -> None:
     """What a rank does to measure the link; the first prints it."""
     dist.init_process_group("gloo")
-    found = measure_messages(int(os.environ["RANK"]), torch.device("cpu"))
+    found = line(message_seconds(int(os.environ["RANK"]), torch.device("cpu")))
     if os.environ["RANK"] == "0":
         print(json.dumps(asdict(found)))
     dist.destroy_process_group()

@@ -199,7 +199,9 @@ class Costs:
         pairs = step.tokens * seen
         writers = (attention.output, block.mlp.down)
         value = self.precision.value_bytes
-        products = sum(self._product_s(one, group, step, writes=one in writers) for one in block.linears())
+        products = sum(
+            self._product_s(one, group, step, writes=one in writers, in_block=True) for one in block.linears()
+        )
         flops = 4 * attention.q_size * pairs * step.sequences / group.degree
         read = 2 * attention.kv_size * seen * step.sequences * value / group.degree
         attending = attention_s(flops, read, device, speed_of(group, None, self.precision.dtype))
@@ -235,7 +237,9 @@ class Costs:
         # A prompt in parts has logits behind its last part only: its share is what a part takes on average.
         return seconds / self.cut.parts, seconds, weights + norm, 0.0
 
-    def _product_s(self, linear: Linear, group: Group, step: "_Step", *, writes: bool = False) -> float:
+    def _product_s(
+        self, linear: Linear, group: Group, step: "_Step", *, writes: bool = False, in_block: bool = False
+    ) -> float:
         speed = speed_of(group, self.precision.schemes.get(linear.name), self.precision.dtype)
         rows, columns, size = share_of(linear, self._weight_bytes(linear, group), group.degree, writes=writes)
         product = Product(
@@ -245,7 +249,7 @@ class Costs:
             tokens=step.all_tokens,
             value_bytes=self.precision.value_bytes,
         )
-        return product_s(product, speed)
+        return product_s(product, speed) * (speed.block_factor(step.all_tokens) if in_block else 1.0)
 
     def _kv_bytes(self, block: Block) -> float:
         context, window = self.workload.context, block.attention.window
@@ -281,8 +285,8 @@ class Costs:
         inside = max(activation_bytes(block, tokens, pairs, value, degree) for block in shapes.values())
         logits = self.cut.batch * self.spec.vocab_size * _LOGIT_BYTES / degree
         schemes = {None, *self.precision.schemes.values()}
-        scratch = max(speed_of(group, scheme, self.precision.dtype).scratch_mb for scheme in schemes)
-        return max(inside, logits) + scratch * 1e6
+        slack = max(speed_of(group, scheme, self.precision.dtype).slack for scheme in schemes)
+        return max(inside * (1 + slack), logits)
 
 
 _Item = tuple[float, float, float, float]  # seconds of a prefill and of a token, bytes of weights and cache

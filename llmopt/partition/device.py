@@ -61,15 +61,16 @@ class Speed(Section):
     """10⁹ bytes a second of what goes in and comes out, beside the operations. null: while they go on."""
     call_us: NotNegative = 0.0
     """Microseconds that a product takes whatever its size."""
-    scratch_mb: NotNegative = 0.0
-    """10⁶ bytes that a process holds for it beside weights, cache and activations."""
-
+    slack: NotNegative = 0.0
+    """Of its activations: what a process comes to hold beside them, since memory is not given back at once."""
     padded_to: Annotated[int, Field(ge=1)] = 1
     """A weight has as many inputs in memory as the next multiple of this."""
     factors: list[Factor] = Field(default_factory=list)
     """[tokens, factor]: what a product of so many tokens takes of all that; between two of them by the logarithm."""
     row_factors: list[Factor] = Field(default_factory=list)
     """[inputs, factor]: what one token with rows of so many inputs takes beside, likewise."""
+    block_factors: list[Factor] = Field(default_factory=list)
+    """[tokens, factor]: what a product takes within a block, of what it takes by itself, likewise."""
     size_factors: list[Factor] = Field(default_factory=list)
     """[10⁶ bytes of weights, factor]: what several tokens take beside, likewise: small weights stay in caches."""
 
@@ -82,6 +83,10 @@ class Speed(Section):
     def bytes_per_s(self) -> float:
         """Bytes of weights a second."""
         return self.gb_per_s * _GIGA
+
+    def block_factor(self, tokens: float) -> float:
+        """What a product of so many tokens takes within a block, of what it takes by itself."""
+        return _between(self.block_factors, tokens)
 
     def factor(self, tokens: float, columns: float, weight_bytes: float) -> float:
         """What a product of so many tokens with rows of so many takes, of what the other numbers say."""

@@ -36,7 +36,7 @@ class Int8Product:
     def __init__(self, weight: QuantizedWeight, *, symmetric: bool = False) -> None:
         assert weight.scheme.activation_bits == 8
         self._symmetric = symmetric
-        codes_OI = (weight.codes_OI.to(torch.int16) - CENTER).to(torch.int8)
+        codes_OI = (weight.codes_OI ^ CENTER).view(torch.int8)  # around 0; the topmost bit is the sign
         rows = len(codes_OI)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it will be removed

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor
 
-from llmopt.engine.blocks import KvCache, Turn, block_forward, plain
+from llmopt.engine.blocks import Apply, KvCache, Turn, block_forward, plain
 from llmopt.measure.memory import give_back, resident_bytes
 from llmopt.model.spec import Attention, Block, Linear, Mlp, Norm, Rotary
 from llmopt.partition.work import Product, activation_bytes
@@ -17,10 +18,11 @@ from llmopt.quantize.by_rows import rounded
 from llmopt.quantize.int8_torch import Int8Product
 from llmopt.quantize.scheme import parse_scheme
 
-FEW = 4  # blocks that are passed in a turn
 _CAPACITY = 520
 _HEAD = 64
 _FLOAT_BYTES = 4
+_READ_BYTES = 16 << 20
+FLOAT, W8A8 = "float32", "w8a8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +39,14 @@ SIZES = (Size(width=512, heads=8, kv_heads=4, inner=1536), Size(width=1024, head
 
 
 class Stack:
-    """Blocks of one size in float32, with more weights than caches hold."""
+    """Blocks of one size and kind, with more weights than caches hold."""
 
-    def __init__(self, size: Size, device: torch.device) -> None:
+    def __init__(self, size: Size, kind: str, device: torch.device) -> None:
         self.block = made_block(size)
         self._device, self._size = device, size
-        one_bytes = sum(_FLOAT_BYTES * tensor.count for tensor in self.block.tensors())
-        self._weights = [self._drawn() for _ in range(BEYOND_CACHES_BYTES // one_bytes + 1)]
+        one_bytes = sum(_value_bytes(kind) * tensor.count for tensor in self.block.tensors())
+        self._weights = [_made_weights(self.block, kind, device) for _ in range(BEYOND_CACHES_BYTES // one_bytes + 1)]
         self._caches = [made_cache(size, device) for _ in self._weights]
-
-    def _drawn(self) -> dict[str, Tensor]:
-        return {tensor.name: torch.full(tensor.shape, 0.01, device=self._device) for tensor in self.block.tensors()}
 
     @property
     def blocks(self) -> int:
@@ -64,13 +63,13 @@ class Stack:
 
         return median_s(all_of_them, self._device, times) / self.blocks
 
-    def few(self, before: int, few: int = FEW) -> Callable[[], list[float]]:
-        """Work that passes a token through a few blocks, the next ones each time, and says what each of them took."""
+    def few(self, count: int, before: int) -> Callable[[], list[float]]:
+        """Work that passes a token through so many blocks, the next ones each time, and says what each of them took."""
         numbers, inputs = cycle(range(self.blocks)), made_inputs(self._size, 1, self._device)
 
         def step() -> list[float]:
             return [
-                once_s(partial(self._pass, number, inputs, before), self._device) for number in islice(numbers, few)
+                once_s(partial(self._pass, number, inputs, before), self._device) for number in islice(numbers, count)
             ]
 
         return step
@@ -78,29 +77,43 @@ class Stack:
     def _pass(self, number: int, inputs: tuple[Tensor, Turn], before: int) -> None:
         hidden_BTH, turn = inputs
         self._caches[number].length = before
-        block_forward(self.block, self._weights[number], hidden_BTH, turn, cache=self._caches[number])
+        weights, apply = self._weights[number]
+        block_forward(self.block, weights, hidden_BTH, turn, apply=apply, cache=self._caches[number])
 
 
-def scratch_bytes(kind: str, tokens: int = 256) -> float:
-    """What a process comes to hold beside weights, cache and activations while a block multiplies in a kind."""
-    size, device = SIZES[-1], torch.device("cpu")
-    block = made_block(size)
-    weights = {tensor.name: torch.full(tensor.shape, 0.01) for tensor in block.tensors()}
-    apply = plain(weights)
-    if kind == "w8a8":
-        products = {
-            one.name: Int8Product(rounded(weights[one.weight.name], parse_scheme(kind))) for one in block.linears()
-        }
-        apply = lambda linear, x: products[linear.name](x)  # noqa: E731 (as short as it is)
+def _made_weights(block: Block, kind: str, device: torch.device) -> tuple[dict[str, Tensor], Apply]:
+    """What a block reads, and how its linears are applied."""
+    weights = {tensor.name: torch.full(tensor.shape, 0.01, device=device) for tensor in block.tensors()}
+    if kind != W8A8:
+        return weights, plain(weights)
+    products = {
+        one.name: Int8Product(rounded(weights.pop(one.weight.name), parse_scheme(kind))) for one in block.linears()
+    }
+    return weights, lambda linear, x: products[linear.name](x)
+
+
+def slack(kind: str, tokens: int = 256) -> float:
+    """Of a block's activations: what a process comes to hold beside them. The sizes' geometric mean.
+
+    Call it while the process has no other use for memory.
+    """
+    # Of allocations as large as one that was freed, glibc keeps what is freed; a model's weights are that when read.
+    torch.ones(_READ_BYTES // _FLOAT_BYTES)
+    return geometric_mean(1 + max(0.0, _held_bytes(size, kind, tokens)) for size in SIZES) - 1
+
+
+def _held_bytes(size: Size, kind: str, tokens: int) -> float:
+    """Beside what is counted of a block's activations, in parts of it."""
+    block, device = made_block(size), torch.device("cpu")
+    weights, apply = _made_weights(block, kind, device)
     hidden_BTH, turn = made_inputs(size, tokens, device)
     give_back()
     before = resident_bytes()
     for _ in range(3):
         cache = made_cache(size, device)
         block_forward(block, weights, hidden_BTH, turn, apply=apply, cache=cache)
-    counted = activation_bytes(block, tokens, tokens**2, _FLOAT_BYTES)
-    counted += 2 * block.attention.kv_size * tokens * _FLOAT_BYTES
-    return max(0.0, resident_bytes() - before - counted)
+    cached = 2 * block.attention.kv_size * tokens * _FLOAT_BYTES
+    return (resident_bytes() - before - cached) / activation_bytes(block, tokens, tokens**2, _FLOAT_BYTES) - 1
 
 
 def made_cache(size: Size, device: torch.device) -> KvCache:
@@ -142,13 +155,17 @@ def made_block(size: Size) -> Block:
     return Block(index=0, attention_norm=norm("before"), attention=attention, mlp_norm=norm("between"), mlp=mlp)
 
 
-def products_of(block: Block, tokens: int) -> Iterator[Product]:
-    """Its products, in float32."""
+def _value_bytes(kind: str) -> int:
+    return 1 if kind == W8A8 else _FLOAT_BYTES
+
+
+def products_of(block: Block, kind: str, tokens: int) -> Iterator[Product]:
+    """Its products."""
     for linear in block.linears():
         yield Product(
             rows=linear.out_features,
             columns=linear.in_features,
-            weight_bytes=_FLOAT_BYTES * linear.out_features * linear.in_features,
+            weight_bytes=_value_bytes(kind) * linear.out_features * linear.in_features,
             tokens=tokens,
             value_bytes=_FLOAT_BYTES,
         )

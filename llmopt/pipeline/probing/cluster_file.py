@@ -52,7 +52,7 @@ def _device_class(device: DeviceProbe) -> DeviceClass:
 def _rounded_speed(speed: Speed) -> Speed:
     factors = {
         name: [(place, _rounded(factor)) for place, factor in getattr(speed, name)]
-        for name in ("factors", "row_factors", "size_factors")
+        for name in ("factors", "row_factors", "size_factors", "block_factors")
     }
     return _rounded_all(speed).model_copy(update=factors)
 

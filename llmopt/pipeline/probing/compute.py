@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmopt.partition.device import Attending, Factor, Speed
 from llmopt.partition.work import Product, passing_bytes, product_s
-from llmopt.pipeline.probing.blocks import Size, Stack, made_block, products_of
+from llmopt.pipeline.probing.blocks import FLOAT, W8A8, Size, Stack, made_block, products_of
 from llmopt.pipeline.probing.fit import fitted, per_second
 from llmopt.pipeline.probing.timing import BEYOND_CACHES_BYTES, median_s
 from llmopt.quantize.int8 import quantize_rows
@@ -24,6 +24,8 @@ SHAPES = ((512, 512), (2048, 512), (512, 2048), (1024, 1024), (4096, 1024), (204
 TOKENS = (1, 2, 4, 16, 64, 256, 512)
 BLOCK_TOKENS = ((1, 60), (1, 500), (16, 240), (64, 448), (128, 0), (256, 0))  # new ones, and those before
 _ENOUGH_FLOPS = 1 << 32  # of products in a row, where reading them is not what takes the time
+_LEAST_FACTOR = 0.5  # less is noise
+_FLOAT_BYTES = 4
 _MEGA, _TERA = 1e6, 1e12
 
 Multiply = Callable[[Tensor], Tensor]
@@ -53,8 +55,9 @@ class Multiplied:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passed:
-    """A block in float32, with new tokens behind others."""
+    """A block of a kind, with new tokens behind others."""
 
+    kind: str
     size: Size
     tokens: int
     before: int
@@ -80,8 +83,8 @@ class Compute:
 def kinds(device: torch.device) -> tuple[str, ...]:
     """Dtypes and schemes that the runtime computes with on a device."""
     if device.type == "cuda":
-        return ("float32", "bfloat16", "float16")
-    return ("float32", "w8a8") if available() else ("float32",)
+        return (FLOAT, "bfloat16", "float16")
+    return (FLOAT, W8A8) if available() else (FLOAT,)
 
 
 def product_seconds(device: torch.device) -> Iterator[tuple[Multiplied, float]]:
@@ -96,24 +99,35 @@ def product_seconds(device: torch.device) -> Iterator[tuple[Multiplied, float]]:
                 yield case, _seconds(products[:few], inputs, device)
 
 
-def block_seconds(stacks: Mapping[Size, Stack]) -> Iterator[tuple[Passed, float]]:
+def block_kinds(device: torch.device) -> tuple[str, ...]:
+    """Those in which blocks are measured too."""
+    return tuple(kind for kind in kinds(device) if kind in (FLOAT, W8A8))
+
+
+def block_seconds(stacks: Mapping[tuple[str, Size], Stack]) -> Iterator[tuple[Passed, float]]:
     """One sweep through all blocks."""
-    for size, stack in stacks.items():
+    for (kind, size), stack in stacks.items():
         for tokens, before in BLOCK_TOKENS:
-            yield Passed(size=size, tokens=tokens, before=before), stack.seconds(tokens, before)
+            yield Passed(kind=kind, size=size, tokens=tokens, before=before), stack.seconds(tokens, before)
 
 
 def computing(
-    products: Mapping[Multiplied, float], blocks: Mapping[Passed, float], scratch_bytes: Mapping[str, float]
+    products: Mapping[Multiplied, float], blocks: Mapping[Passed, float], slacks: Mapping[str, float]
 ) -> Compute:
-    """The speeds by which all of these seconds would be predicted best, and what a kind holds beside."""
+    """The speeds by which all of these seconds would be predicted best, with the slack of each kind."""
     speeds = {
         kind: _speed({case: seconds for case, seconds in products.items() if case.kind == kind}).model_copy(
-            update={"scratch_mb": size / _MEGA, "padded_to": PADDED_TO if kind == "w8a8" else 1}
+            update={"slack": slack, "padded_to": PADDED_TO if kind == W8A8 else 1}
         )
-        for kind, size in scratch_bytes.items()
+        for kind, slack in slacks.items()
     }
-    return Compute(speeds=speeds, rest=_rest(blocks, speeds["float32"]))
+    by_kind = {kind: {case: blocks[case] for case in blocks if case.kind == kind} for kind in speeds}
+    rest = _rest(by_kind[FLOAT], speeds[FLOAT])
+    speeds = {
+        kind: speed.model_copy(update={"block_factors": _block_factors(by_kind[kind], speed, rest)})
+        for kind, speed in speeds.items()
+    }
+    return Compute(speeds=speeds, rest=rest)
 
 
 def _seconds(products: Sequence[Multiply], inputs: Tensor, device: torch.device) -> float:
@@ -129,8 +143,8 @@ def _seconds(products: Sequence[Multiply], inputs: Tensor, device: torch.device)
 def _products(kind: str, shape: tuple[int, int], device: torch.device) -> tuple[Sequence[Multiply], int]:
     """As many products as no cache holds, and the bytes of one's weights."""
     weight_OI = torch.randn(shape)
-    if kind == "w8a8":
-        codes = quantize_rows(weight_OI, parse_scheme("w8a8"))
+    if kind == W8A8:
+        codes = quantize_rows(weight_OI, parse_scheme(kind))
         size_bytes = Int8Product(codes).nbytes
         return [Int8Product(codes) for _ in range(_copies(size_bytes))], size_bytes
     weight_OI = weight_OI.to(device=device, dtype=_dtype(kind))
@@ -198,19 +212,31 @@ def _giga(bytes_per_s: float | None) -> float | None:
 
 
 def _rest(found: Mapping[Passed, float], speed: Speed) -> Rest:
-    """Blocks as they run, less their products."""
-    rows: dict[str, list[float]] = {"launch": [], "pass": [], "attend": [], "cache": []}
-    seconds: list[float] = []
-    for case, whole_s in found.items():
-        block, tokens, pairs = made_block(case.size), case.tokens, case.tokens * (case.tokens + case.before)
-        rest_s = whole_s - sum(product_s(product, speed) for product in products_of(block, tokens))
-        # Where products are nearly all of it, what is left of them is noise.
-        seconds.append(max(rest_s, 0.02 * whole_s))
-        rows["launch"].append(1.0)
-        rows["pass"].append(passing_bytes(block, tokens, pairs, 4) * (tokens > 1))
-        rows["attend"].append(4 * block.attention.q_size * pairs * (tokens > 1))
-        rows["cache"].append(2 * block.attention.kv_size * (case.before + 1) * 4 * (tokens == 1))
-    costs = fitted(rows, seconds)
+    """What blocks in float32 take beside their products, which may take longer than by themselves."""
+    blocks = [made_block(case.size) for case in found]
+    pairs = [case.tokens * (case.tokens + case.before) for case in found]
+    several = [case.tokens > 1 for case in found]
+    products = [_products_s(case, speed) for case in found]
+    costs = fitted(
+        {
+            "one": [seconds * (not many) for seconds, many in zip(products, several, strict=True)],
+            "several": [seconds * many for seconds, many in zip(products, several, strict=True)],
+            "launch": [1.0] * len(found),
+            "pass": [
+                passing_bytes(block, case.tokens, seen, _FLOAT_BYTES) * many
+                for block, case, seen, many in zip(blocks, found, pairs, several, strict=True)
+            ],
+            "attend": [
+                4 * block.attention.q_size * seen * many
+                for block, seen, many in zip(blocks, pairs, several, strict=True)
+            ],
+            "cache": [
+                2 * block.attention.kv_size * (case.before + 1) * _FLOAT_BYTES * (not many)
+                for block, case, many in zip(blocks, found, several, strict=True)
+            ],
+        },
+        list(found.values()),
+    )
     return Rest(
         launch_s=costs["launch"],
         passing_bytes_per_s=per_second(costs["pass"]),
@@ -219,3 +245,27 @@ def _rest(found: Mapping[Passed, float], speed: Speed) -> Rest:
             gb_per_s=(per_second(costs["cache"]) or speed.bytes_per_s) / 1e9,
         ),
     )
+
+
+def _block_factors(found: Mapping[Passed, float], speed: Speed, rest: Rest) -> list[Factor]:
+    """What products take within blocks, of what they take by themselves: the geometric mean of all blocks alike."""
+    off: dict[int, list[float]] = {}
+    for case, whole_s in found.items():
+        products_s = _products_s(case, speed)
+        within_s = whole_s - _rest_s(case, rest)
+        off.setdefault(case.tokens, []).append(max(within_s / products_s, _LEAST_FACTOR))
+    return [(tokens, geometric_mean(off[tokens])) for tokens in sorted(off)]
+
+
+def _products_s(case: Passed, speed: Speed) -> float:
+    return sum(product_s(product, speed) for product in products_of(made_block(case.size), case.kind, case.tokens))
+
+
+def _rest_s(case: Passed, rest: Rest) -> float:
+    block, pairs = made_block(case.size), case.tokens * (case.tokens + case.before)
+    attention = block.attention
+    if case.tokens == 1:
+        return rest.launch_s + 2 * attention.kv_size * pairs * _FLOAT_BYTES / (rest.attention.gb_per_s * 1e9)
+    passing = passing_bytes(block, case.tokens, pairs, _FLOAT_BYTES)
+    passing_s = passing / rest.passing_bytes_per_s if rest.passing_bytes_per_s else 0.0
+    return rest.launch_s + passing_s + 4 * attention.q_size * pairs / (rest.attention.tflops * _TERA)

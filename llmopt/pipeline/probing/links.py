@@ -26,6 +26,14 @@ class Link:
     bytes_per_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """Of ranks that sleep between their turns: what it takes longer to begin, and a message, from sending to waking."""
+
+    waking_s: float
+    message_s: float
+
+
 def message_seconds(rank: int, device: torch.device) -> dict[int, float]:
     """By bytes: from rank 0 to rank 1 and back, half of it; the others wait. Call it on all ranks; rank 0 knows."""
 
@@ -62,24 +70,33 @@ def sum_seconds(sums: Sums, work: Callable[[], object], device: torch.device) ->
     return {size: add_up(size) for size in (SMALL_BYTES, LARGE_BYTES)}
 
 
-def waking_s(steps: Callable[[], list[float]], rank: int, device: torch.device) -> float:
-    """What work takes longer because its rank has waited: ranks 0 and 1 do it in turns. Call it on all ranks.
+def in_turns(steps: Callable[[], list[float]], rank: int, device: torch.device) -> Turns:
+    """Ranks 0 and 1 work in turns, and each sleeps until the other is done. Call it on all ranks.
 
     `steps` says what each of several steps took that are alike; by the last of them a rank is taken to be awake.
     """
-    word = torch.zeros(1, device=device)
+    # When it was sent; clocks of processes on one machine are the same.
+    stamp = torch.zeros(1, dtype=torch.float64, device=device)
     turns: list[list[float]] = []
+    under_way_s: list[float] = []
+
+    def receive() -> None:
+        dist.recv(stamp, 1 - rank)
+        under_way_s.append(time.perf_counter() - float(stamp))
+
     dist.barrier()
     for _ in range(_TURNS if rank < 2 else 0):
         if rank == 1:
-            dist.recv(word, 0)
+            receive()
         turns.append(steps())
-        dist.send(word, 1 - rank)
+        dist.send(stamp.fill_(time.perf_counter()), 1 - rank)
         if rank == 0:
-            dist.recv(word, 1)
+            receive()
     dist.barrier()
-    *early, last = (median(step) for step in zip(*turns, strict=True)) if turns else [0.0]
-    return max(0.0, sum(early) - len(early) * last)
+    if not turns:
+        return Turns(waking_s=0.0, message_s=0.0)
+    *early, last = (median(step) for step in zip(*turns, strict=True))
+    return Turns(waking_s=sum(early) - len(early) * last, message_s=fmean(under_way_s))
 
 
 def line(seconds: Mapping[int, float]) -> Link:

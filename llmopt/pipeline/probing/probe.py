@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -19,23 +20,25 @@ from llmopt.partition.runtime.layout import Layout, StageLayout
 from llmopt.partition.runtime.sums import Sums
 from llmopt.pipeline.launching.supervise import run_processes
 from llmopt.pipeline.launching.warm import warm_up
-from llmopt.pipeline.probing.blocks import SIZES, Size, Stack, scratch_bytes
+from llmopt.pipeline.probing.blocks import FLOAT, SIZES, Size, Stack, slack
 from llmopt.pipeline.probing.compute import (
     Compute,
     Multiplied,
     Passed,
+    block_kinds,
     block_seconds,
     computing,
     kinds,
     product_seconds,
 )
-from llmopt.pipeline.probing.links import Link, line, message_seconds, sum_seconds, waking_s
+from llmopt.pipeline.probing.links import Link, Turns, in_turns, line, message_seconds, sum_seconds
 from llmopt.pipeline.probing.timing import SWEEPS, medians
 from llmopt.progress import Progress
 
 TIMEOUT_S = 60.0
 MANY = 64  # tokens
 _LONG = 5  # times as long as other measurements: side by side, speeds come and go
+_IN_A_TURN = 6  # blocks
 _SEEN = 256  # tokens, the new ones among them
 
 
@@ -80,7 +83,7 @@ class Probe:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sweep:
     """Seconds: of products and blocks of a rank alone; of a block with so many tokens, alone and beside all others; of
-    messages and sums of so many bytes; and of waking.
+    messages and sums of so many bytes; in turns with another rank.
     """
 
     products: Mapping[Multiplied, float]
@@ -89,7 +92,7 @@ class _Sweep:
     together: Mapping[int, float]
     messages: Mapping[int, float]
     sums: Mapping[int, float]
-    waking_s: float
+    turns: Turns | None
 
 
 _PROBE = TypeAdapter(Probe)
@@ -121,8 +124,9 @@ def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
     process_bytes = resident_bytes()
     with torch.inference_mode():
         # Memory first, while the process has no other use for it.
-        scratch = {kind: scratch_bytes(kind) if device.type == "cpu" else 0.0 for kind in kinds(device)}
-        stacks = {size: Stack(size, device) for size in (SIZES if rank == 0 else SIZES[:1])}
+        slacks = {kind: slack(kind) if device.type == "cpu" else 0.0 for kind in kinds(device)}
+        wanted = list(product(block_kinds(device) if rank == 0 else [FLOAT], SIZES))
+        stacks = {(kind, size): Stack(size, kind, device) for kind, size in wanted}
         sums = Sums(range(ranks), dist.group.WORLD, device)
         sweeps = [_sweep(rank, sums, device, stacks) for _ in range(SWEEPS)]
     if rank == 0:
@@ -131,19 +135,18 @@ def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
             is_gpu=device.type == "cuda",
             memory_bytes=_memory_bytes(device, ranks),
             process_bytes=process_bytes,
-            compute=computing(medians(one.products for one in sweeps), medians(one.blocks for one in sweeps), scratch),
+            compute=computing(medians(one.products for one in sweeps), medians(one.blocks for one in sweeps), slacks),
             kept=_kept(sweeps),
         )
-        messages, added = (medians(one.messages for one in sweeps), medians(one.sums for one in sweeps))
-        links = (line(messages), line(added)) if ranks > 1 else (None, None)
+        links = (_messages(sweeps), line(medians(one.sums for one in sweeps))) if ranks > 1 else (None, None)
         path.write_bytes(_PROBE.dump_json(Probe(ranks=ranks, device=found, messages=links[0], sums=links[1])))
 
 
-def _sweep(rank: int, sums: Sums, device: torch.device, stacks: Mapping[Size, Stack]) -> _Sweep:
-    stack = stacks[SIZES[0]]
+def _sweep(rank: int, sums: Sums, device: torch.device, stacks: Mapping[tuple[str, Size], Stack]) -> _Sweep:
+    small, large = (stacks[FLOAT, size] for size in SIZES)
 
     def seconds() -> dict[int, float]:
-        return {tokens: stack.seconds(tokens, _SEEN - tokens, _LONG) for tokens in (1, MANY)}
+        return {tokens: large.seconds(tokens, _SEEN - tokens, _LONG) for tokens in (1, MANY)}
 
     products = dict(product_seconds(device)) if rank == 0 else {}
     blocks, alone = (dict(block_seconds(stacks)), seconds()) if rank == 0 else ({}, {})
@@ -157,15 +160,23 @@ def _sweep(rank: int, sums: Sums, device: torch.device, stacks: Mapping[Size, St
         alone=alone,
         together=together,
         messages=message_seconds(rank, device) if several else {},
-        sums=sum_seconds(sums, stack.few(_SEEN, 1), device) if several else {},
-        waking_s=waking_s(stack.few(_SEEN), rank, device) if several else 0.0,
+        sums=sum_seconds(sums, small.few(1, _SEEN), device) if several else {},
+        turns=in_turns(large.few(_IN_A_TURN, _SEEN), rank, device) if several else None,
     )
 
 
 def _kept(sweeps: Sequence[_Sweep]) -> Kept:
-    # Within a sweep one is measured right behind the other.
+    # Within a sweep one is measured soon behind the other.
     many, one = (median(each.alone[tokens] / each.together[tokens] for each in sweeps) for tokens in (MANY, 1))
-    return Kept(many=min(1.0, many), one=min(1.0, one), waking_s=median(each.waking_s for each in sweeps))
+    waking = [each.turns.waking_s for each in sweeps if each.turns is not None]
+    return Kept(many=min(1.0, many), one=min(1.0, one), waking_s=max(0.0, median(waking or [0.0])))
+
+
+def _messages(sweeps: Sequence[_Sweep]) -> Link:
+    """A message, to a rank that sleeps until it comes."""
+    awake = line(medians(one.messages for one in sweeps))
+    sleeping_s = median(one.turns.message_s for one in sweeps if one.turns is not None)
+    return replace(awake, latency_s=max(awake.latency_s, sleeping_s))
 
 
 def _name(device: torch.device) -> str:

@@ -1,5 +1,7 @@
 """What a machine can do, measured: numbers that make sense, and a file that says them."""
 
+import time
+
 import pytest
 import torch
 
@@ -17,13 +19,14 @@ from llmopt.pipeline.probing.compute import (
     Multiplied,
     Rest,
     _speed,
+    block_kinds,
     block_seconds,
     computing,
     kinds,
     product_seconds,
 )
 from llmopt.pipeline.probing.fit import fitted, per_second
-from llmopt.pipeline.probing.links import LARGE_BYTES, SMALL_BYTES, Link, line, waking_s
+from llmopt.pipeline.probing.links import LARGE_BYTES, SMALL_BYTES, Link, Turns, in_turns, line
 from llmopt.pipeline.probing.probe import DeviceProbe, Kept, Probe, ProbeRequest, probe
 from llmopt.pipeline.probing.timing import medians
 from llmopt.progress import Silent
@@ -65,14 +68,15 @@ def test_a_device_is_measured_in_every_kind_that_it_computes_with(monkeypatch):
     device, size = torch.device("cpu"), Size(width=256, heads=4, kv_heads=2, inner=512)
     found = computing(
         dict(product_seconds(device)),
-        dict(block_seconds({size: Stack(size, device)})),
-        dict.fromkeys(kinds(device), 1e6),
+        dict(block_seconds({(kind, size): Stack(size, kind, device) for kind in block_kinds(device)})),
+        dict.fromkeys(kinds(device), 0.5),
     )
     assert tuple(found.speeds) == kinds(device)
     for speed in found.speeds.values():
         assert 1e8 < speed.flops < 1e14
         assert 1e7 < speed.bytes_per_s < 1e13
-        assert speed.scratch_mb == 1
+        assert speed.slack == 0.5
+        assert speed.block_factor(1) >= 0.5
     assert 0 <= found.rest.launch_s < 1
     assert 1e8 < 1e12 * found.rest.attention.tflops < 1e15
 
@@ -115,8 +119,10 @@ def test_a_sweep_that_was_disturbed_counts_nothing():
     assert medians({"product": seconds} for seconds in (1.0, 5.0, 1.1, 0.9, 4.0)) == {"product": 1.1}
 
 
-def test_the_steps_before_a_rank_is_awake_take_longer(monkeypatch):
-    class Alone:
+def test_ranks_work_in_turns_and_say_how_long_a_message_was_under_way(monkeypatch):
+    class Other:
+        """Another rank, that takes no time."""
+
         @staticmethod
         def barrier():
             pass
@@ -125,12 +131,19 @@ def test_the_steps_before_a_rank_is_awake_take_longer(monkeypatch):
         def send(values, rank):
             pass
 
-        recv = send
+        @staticmethod
+        def recv(values, rank):
+            sent_s = time.perf_counter()
+            time.sleep(0.001)
+            values.fill_(sent_s)
 
-    monkeypatch.setattr("llmopt.pipeline.probing.links.dist", Alone)
-    assert waking_s(lambda: [3.0, 2.0, 1.5], 0, torch.device("cpu")) == pytest.approx(2.0)
-    assert waking_s(lambda: [1.0, 1.0, 1.5], 0, torch.device("cpu")) == 0
-    assert waking_s(lambda: [3.0, 2.0, 1.5], 2, torch.device("cpu")) == 0  # only two take turns
+    monkeypatch.setattr("llmopt.pipeline.probing.links.dist", Other)
+    for rank in (0, 1):
+        turns = in_turns(lambda: [3.0, 2.0, 1.5], rank, torch.device("cpu"))
+        assert turns.waking_s == pytest.approx(2.0)
+        assert turns.message_s >= 0.001
+    only_two = in_turns(lambda: [3.0, 2.0, 1.5], 2, torch.device("cpu"))
+    assert only_two == Turns(waking_s=0, message_s=0)
 
 
 def test_what_explains_nothing_costs_nothing():
