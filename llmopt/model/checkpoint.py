@@ -31,7 +31,7 @@ _BUFFERS = (
     "rope_factors_short.weight",
 )
 _TIED_HEADS = ("lm_head.weight", "output.weight")
-_DECODED_AT_ONCE = 1 << 22  # values: what a tensor takes beyond itself while it is read is a few times 16 MiB
+_DECODED_AT_ONCE = 1 << 20  # values: what a tensor takes beyond itself while it is read is a few times 4 MiB
 
 
 def open_checkpoint(source: ModelSource, without: Collection[str] = ()) -> "Checkpoint":

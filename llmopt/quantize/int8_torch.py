@@ -19,6 +19,7 @@ from llmopt.quantize.int8 import CENTER
 from llmopt.quantize.weights import QuantizedWeight
 
 _ENGINES = ("x86", "fbgemm")
+_SUMMED_AT_ONCE = 256  # rows
 PADDED_TO = 512  # inputs, as the kernel packs them: 576 take the memory of 1024
 
 
@@ -45,7 +46,10 @@ class Int8Product:
             )
         self._packed = torch.ops.quantized.linear_prepack(stored, None)
         self._scales_O = weight.scales_OG[:, 0].float()
-        self._sums_O = codes_OI.sum(1, dtype=torch.int32).float()
+        # Some rows at a time: torch makes 32 bits of all codes that it adds up.
+        self._sums_O = torch.cat(
+            [part.sum(1, dtype=torch.int32) for part in torch.split(codes_OI, _SUMMED_AT_ONCE)]
+        ).float()
         self.nbytes = codes_OI.nbytes + self._scales_O.nbytes + self._sums_O.nbytes
 
     def __call__(self, x: Tensor, agree: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -87,6 +87,7 @@ def read_weights(
         else:
             linear, scheme = schemes[name]
             weight = reading.quantized(cut, linear, scheme)
+            give_back()  # the floats that codes were made of
             if not isinstance(weight, QuantizedWeight):
                 found.floats[name] = placed(weight)
             elif scheme.activation_bits == 8:

@@ -121,11 +121,11 @@ def probe(request: ProbeRequest, progress: Progress) -> Probe:
 def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
     """What one rank does of it; the first writes what was found."""
     warm_up(device)
-    process_bytes = resident_bytes()
+    process_bytes, memory_bytes = resident_bytes(), _memory_bytes(device, ranks)
     with torch.inference_mode():
         # Memory first, while the process has no other use for it.
         slacks = {kind: slack(kind) if device.type == "cpu" else 0.0 for kind in kinds(device)}
-        wanted = list(product(block_kinds(device) if rank == 0 else [FLOAT], SIZES))
+        wanted = product(block_kinds(device) if rank == 0 else [FLOAT], SIZES if rank < 2 else SIZES[:1])
         stacks = {(kind, size): Stack(size, kind, device) for kind, size in wanted}
         sums = Sums(range(ranks), dist.group.WORLD, device)
         sweeps = [_sweep(rank, sums, device, stacks) for _ in range(SWEEPS)]
@@ -133,7 +133,7 @@ def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
         found = DeviceProbe(
             name=_name(device),
             is_gpu=device.type == "cuda",
-            memory_bytes=_memory_bytes(device, ranks),
+            memory_bytes=memory_bytes,
             process_bytes=process_bytes,
             compute=computing(medians(one.products for one in sweeps), medians(one.blocks for one in sweeps), slacks),
             kept=_kept(sweeps),
@@ -143,10 +143,11 @@ def probe_rank(rank: int, ranks: int, device: torch.device, path: Path) -> None:
 
 
 def _sweep(rank: int, sums: Sums, device: torch.device, stacks: Mapping[tuple[str, Size], Stack]) -> _Sweep:
-    small, large = (stacks[FLOAT, size] for size in SIZES)
+    small, large = (stacks.get((FLOAT, size)) for size in SIZES)
+    assert small is not None, "every rank has it"
 
     def seconds() -> dict[int, float]:
-        return {tokens: large.seconds(tokens, _SEEN - tokens, _LONG) for tokens in (1, MANY)}
+        return {tokens: small.seconds(tokens, _SEEN - tokens, _LONG) for tokens in (1, MANY)}
 
     products = dict(product_seconds(device)) if rank == 0 else {}
     blocks, alone = (dict(block_seconds(stacks)), seconds()) if rank == 0 else ({}, {})
@@ -161,7 +162,7 @@ def _sweep(rank: int, sums: Sums, device: torch.device, stacks: Mapping[tuple[st
         together=together,
         messages=message_seconds(rank, device) if several else {},
         sums=sum_seconds(sums, small.few(1, _SEEN), device) if several else {},
-        turns=in_turns(large.few(_IN_A_TURN, _SEEN), rank, device) if several else None,
+        turns=in_turns(large.few(_IN_A_TURN, _SEEN) if large else list, rank, device) if several else None,
     )
 
 
