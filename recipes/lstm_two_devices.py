@@ -31,7 +31,7 @@ from llmopt.pipeline.launching.job import Job
 from llmopt.pipeline.launching.run import run_job
 
 MODEL = "lstm:12x2048"
-SEQUENCES, TOKENS, MICRO_BATCHES = 128, 16, 16
+SEQUENCES, TOKENS, MICRO_BATCHES = 128, 24, 24
 DTYPE = "float32"
 FLOAT_BYTES = 4
 GATE_PASSES = 6  # reads and writes of a value of the gates: two sums, the sigmoids, the cell
