@@ -14,7 +14,7 @@ from llmopt.partition.machine import Machine, Metric
 from llmopt.partition.nodes import Nodes, nodes_of
 from llmopt.partition.problem import Piece
 from llmopt.partition.solver.fixed import FixedOrder
-from llmopt.partition.solver.joining import best
+from llmopt.partition.solver.joining import JOINED, best
 from llmopt.partition.ways import Ways, ways_in_any_order, ways_in_order
 
 _FEW_STEPS = 300  # so few are gone through at once
@@ -47,11 +47,18 @@ NOTHING_FITS = Found(solution=None, bound=math.inf)
 
 
 def solve_order(
-    machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float = math.inf, *, exact: bool = True
+    machine: Machine,
+    devices: Sequence[Device],
+    metric: Metric,
+    at_most: float = math.inf,
+    *,
+    exact: bool = True,
+    tolerance: float = JOINED,
 ) -> Solution | None:
     """The best stages for one order; None where nothing fits, or nothing is below `at_most`.
 
-    Without `exact`, a node that is left and comes again counts as another, which is quicker to search.
+    Without `exact`, a node that is left and comes again counts as another, which is quicker to search; `tolerance` is
+    that of `best`.
     """
     kinds, slots = machine.slots(devices, metric)
     if not kinds:
@@ -69,7 +76,7 @@ def solve_order(
         if (ways := ways_in_order(machine, devices)) is not None:
             return _least([*found, *_along(ways, metric, limit)], bound)
         bound = least_possible(machine, devices, metric)
-    pieces = best(order, objective, limit)
+    pieces = best(order, objective, limit, tolerance)
     if pieces is not None:
         each = order.seconds(pieces)
         value = objective.value(sum(each), max(each))
@@ -105,16 +112,20 @@ def solve_any_order(machine: Machine, devices: Sequence[Device], metric: Metric,
 def _by_class(machine: Machine, devices: Sequence[Device], metric: Metric, at_most: float) -> Found:
     """The best of orders that are likely to be good, and what nothing in any order is below."""
     likely = likely_orders(machine, devices, metric, at_most)
-    best_yet, limit, bound = None, at_most, likely.bound
+    best_yet, limit, bound, raised_for = None, at_most, likely.bound, math.inf
     for order in likely.orders:
         if bound >= limit * (1 - _CLOSE):
             break
-        cut = solve_order(machine, order, metric, limit, exact=False)
+        cut = solve_order(machine, order, metric, limit, exact=False, tolerance=_CLOSE)
         if cut is not None and (best_yet is None or cut.value < best_yet.value):
             first, best_yet, limit = best_yet is None, cut, min(limit, cut.value)
             if first:
-                bound = raised_bound(machine, devices, metric, bound=bound, value=limit)
-    if bound < limit * (1 - PROVEN) and math.isfinite(limit):
+                bound, raised_for = raised_bound(machine, devices, metric, bound=bound, value=limit), limit
+    if best_yet is not None and bound < limit * (1 - PROVEN):
+        finer = solve_order(machine, best_yet.devices, metric, limit, exact=False)
+        best_yet = finer if finer is not None and finer.value < limit else best_yet
+        limit = best_yet.value
+    if bound < limit * (1 - PROVEN) and limit < raised_for * (1 - _CLOSE) and math.isfinite(limit):
         bound = raised_bound(machine, devices, metric, bound=bound, value=limit)
     return Found(solution=best_yet, bound=bound)
 

@@ -44,25 +44,27 @@ class Oracle(Protocol):
         ...
 
 
-def best(oracle: Oracle, objective: Objective, at_most: float = math.inf) -> Pieces | None:
-    """The stages that an objective is least for; None where nothing fits, or nothing can be below `at_most`."""
+def best(oracle: Oracle, objective: Objective, at_most: float = math.inf, tolerance: float = JOINED) -> Pieces | None:
+    """The stages that an objective is least for; None where nothing fits, or nothing can be below `at_most`.
+
+    Where it joins the sum and the largest, others may be better by a part of `tolerance`.
+    """
     if objective.micro_batches == 1:
         least = oracle.least_sum()
         return least[0] if least is not None else None
     found = smallest_largest(oracle, at_most / objective.micro_batches)
     if found is None:
         return None
-    pieces, bottleneck_s = found
     if objective.only_largest(oracle.most_stages):
-        return pieces
-
-    return _joined(oracle, objective, pieces, bottleneck_s, at_most)
+        return found[0]
+    return _joined(oracle, objective, found, at_most, tolerance)
 
 
 def _joined(
-    oracle: Oracle, objective: Objective, tightest: Pieces, bottleneck_s: float, at_most: float
+    oracle: Oracle, objective: Objective, tightest: tuple[Pieces, float], at_most: float, tolerance: float
 ) -> Pieces | None:
     """The best of those between the smallest largest and the least sum."""
+    narrow, bottleneck_s = tightest
     loose = oracle.least_sum()
     if loose is None or objective.value(loose[1], bottleneck_s * (1 - 2 * TOLERANCE)) >= at_most:
         return None
@@ -71,11 +73,11 @@ def _joined(
         seconds = oracle.seconds(one)
         return objective.value(sum(seconds), max(seconds))
 
-    ends = [tightest, loose[0]]
+    ends = [narrow, loose[0]]
     limit = bottleneck_s * (1 + 2 * TOLERANCE)
     join = _rounds if objective.form == "rounds" else _fill
     high = min(at_most, *map(value, ends))
-    found = join(oracle, objective, value, limit=limit, total=loose[1], high=high)
+    found = join(oracle, objective, value, limit=limit, total=loose[1], high=high, tolerance=tolerance)
     return min([*ends, *found], key=value)
 
 
@@ -116,6 +118,7 @@ def _rounds(
     limit: float,
     total: float,
     high: float,
+    tolerance: float,
 ) -> list[Pieces]:
     """max(Σ, m M) ≤ V exactly if the least sum with stages of at most V / m is no more than V: V is bisected.
 
@@ -125,14 +128,14 @@ def _rounds(
     found: list[Pieces] = []
     low, middle, reached = max(total, count * limit * (1 - 4 * TOLERANCE)), high, False
     # At first the question is whether there is anything better at all.
-    while high - low > JOINED * high:
+    while high - low > tolerance * high:
         least = oracle.least_sum(middle / count)
         if least is None or least[1] > middle * (1 + SLACK):
             low, reached = middle, False
         else:
             found.append(least[0])
             high, reached = min(middle, value(least[0])), not reached
-        middle = _next(low, high, JOINED, reached=reached)
+        middle = _next(low, high, tolerance, reached=reached)
     return found
 
 
@@ -144,6 +147,7 @@ def _fill(
     limit: float,
     total: float,
     high: float,
+    tolerance: float,
 ) -> list[Pieces]:
     """Intervals of limits are halved; one that cannot hold anything better is dropped.
 
@@ -156,9 +160,9 @@ def _fill(
     intervals = [(limit, (high - total) / rest, total)]
     while intervals:
         low, high, bound = intervals.pop()
-        if bound + rest * low >= least_value * (1 - JOINED):
+        if bound + rest * low >= least_value * (1 - tolerance):
             continue
-        narrow = high - low <= JOINED * high
+        narrow = high - low <= tolerance * high
         middle = low if narrow else (low + high) / 2
         least = oracle.least_sum(middle)
         if least is not None:
