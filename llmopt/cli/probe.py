@@ -31,7 +31,7 @@ def probe(
     """Measure this machine for a cluster file.
 
     Memory; products and the rest of a block at several sizes; what a rank keeps of its speed while all others work, and
-    what it takes longer where it has waited; messages and sums between ranks. Takes about a minute.
+    what it takes longer where it has waited; messages and sums between ranks. Takes a minute and a half.
 
     Example: llmopt probe -o cluster.yaml
     """

@@ -14,7 +14,7 @@ import numpy as np
 from llmopt.errors import UsageError
 from llmopt.model.spec import Block, Linear, ModelSpec
 from llmopt.model.storage import stored_bytes
-from llmopt.partition.device import DeviceClass, Link, Speed
+from llmopt.partition.device import MANY_TOKENS, DeviceClass, Link, Speed
 from llmopt.partition.plan import Workload
 from llmopt.partition.problem import Array
 from llmopt.partition.work import Product, activation_bytes, attention_s, passing_bytes, passing_s, product_s, share_of
@@ -22,7 +22,6 @@ from llmopt.quantize.scheme import Scheme, parse_scheme
 
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LOGIT_BYTES = _RANGE_BYTES = 4
-_MANY_TOKENS = 64  # at which `shared` is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +309,7 @@ class _Step:
         if not self.together and group.degree == 1:
             return 1.0
         device = group.device
-        kept = np.interp(np.log(self.all_tokens), [0, np.log(_MANY_TOKENS)], [device.shared_token, device.shared])
+        kept = np.interp(np.log(self.all_tokens), [0, np.log(MANY_TOKENS)], [device.shared_token, device.shared])
         return float(kept)
 
 

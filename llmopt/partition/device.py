@@ -16,6 +16,8 @@ from llmopt.recipe.schema import Section
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+MANY_TOKENS = 64  # at which `shared` is measured
+
 _MEGA, _GIGA, _TERA, _MICRO = 1e6, 1e9, 1e12, 1e-6
 
 

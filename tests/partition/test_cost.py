@@ -64,6 +64,20 @@ def test_codes_without_products_take_the_memory_of_floats_where_they_expand(spec
     assert expanded.weight_bytes[0] == floats.weight_bytes[0]
 
 
+def test_products_within_blocks_have_a_factor_that_the_head_has_not(spec):
+    speed = BARE.model_dump()["speeds"]["float32"] | {"block_factors": [[1, 1.5], [64, 1.2]]}
+    plain, slower = costs(spec, BARE), costs(spec, DeviceClass(memory_gb=8, speeds={"float32": speed}))
+    assert slower.decode_s[-1] == plain.decode_s[-1]
+    assert plain.decode_s[1] < slower.decode_s[1] <= 1.5 * plain.decode_s[1]
+    assert plain.prefill_s[1] < slower.prefill_s[1] <= 1.2 * plain.prefill_s[1]
+
+
+def test_what_the_allocator_keeps_is_a_part_of_the_activations(spec):
+    speed = BARE.model_dump()["speeds"]["float32"] | {"slack": 0.5}
+    kept = costs(spec, DeviceClass(memory_gb=8, speeds={"float32": speed}))
+    assert kept.activation_bytes == pytest.approx(1.5 * costs(spec, BARE).activation_bytes)
+
+
 def test_weights_that_a_kernel_pads_take_the_memory_of_what_it_pads_to(spec):
     schemes = {linear.name: parse_scheme("w8a8") for linear in spec.blocks[0].linears()}
     plain, padded = (

@@ -99,10 +99,10 @@ def slack(kind: str, tokens: int = 256) -> float:
     """
     # Of allocations as large as one that was freed, glibc keeps what is freed; a model's weights are that when read.
     torch.ones(_READ_BYTES // _FLOAT_BYTES)
-    return geometric_mean(1 + max(0.0, _held_bytes(size, kind, tokens)) for size in SIZES) - 1
+    return geometric_mean(1 + max(0.0, _held_beside(size, kind, tokens)) for size in SIZES) - 1
 
 
-def _held_bytes(size: Size, kind: str, tokens: int) -> float:
+def _held_beside(size: Size, kind: str, tokens: int) -> float:
     """Beside what is counted of a block's activations, in parts of it."""
     block, device = made_block(size), torch.device("cpu")
     weights, apply = _made_weights(block, kind, device)

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from llmopt.errors import UsageError
 from llmopt.measure.host import describe_host, usable_cores
 from llmopt.measure.memory import available_bytes, resident_bytes
+from llmopt.partition.device import MANY_TOKENS
 from llmopt.partition.runtime.layout import Layout, StageLayout
 from llmopt.partition.runtime.sums import Sums
 from llmopt.pipeline.launching.supervise import run_processes
@@ -36,7 +37,6 @@ from llmopt.pipeline.probing.timing import SWEEPS, medians
 from llmopt.progress import Progress
 
 TIMEOUT_S = 60.0
-MANY = 64  # tokens
 _LONG = 5  # times as long as other measurements: side by side, speeds come and go
 _IN_A_TURN = 6  # blocks
 _SEEN = 256  # tokens, the new ones among them
@@ -99,7 +99,7 @@ _PROBE = TypeAdapter(Probe)
 
 
 def probe(request: ProbeRequest, progress: Progress) -> Probe:
-    """Measure this machine; takes about a minute.
+    """Measure this machine; takes a minute and a half.
 
     Raises:
         UsageError: there are fewer cores or GPUs than ranks.
@@ -147,7 +147,7 @@ def _sweep(rank: int, sums: Sums, device: torch.device, stacks: Mapping[tuple[st
     assert small is not None, "every rank has it"
 
     def seconds() -> dict[int, float]:
-        return {tokens: small.seconds(tokens, _SEEN - tokens, _LONG) for tokens in (1, MANY)}
+        return {tokens: small.seconds(tokens, _SEEN - tokens, _LONG) for tokens in (1, MANY_TOKENS)}
 
     products = dict(product_seconds(device)) if rank == 0 else {}
     blocks, alone = (dict(block_seconds(stacks)), seconds()) if rank == 0 else ({}, {})
@@ -168,7 +168,7 @@ def _sweep(rank: int, sums: Sums, device: torch.device, stacks: Mapping[tuple[st
 
 def _kept(sweeps: Sequence[_Sweep]) -> Kept:
     # Within a sweep one is measured soon behind the other.
-    many, one = (median(each.alone[tokens] / each.together[tokens] for each in sweeps) for tokens in (MANY, 1))
+    many, one = (median(each.alone[tokens] / each.together[tokens] for each in sweeps) for tokens in (MANY_TOKENS, 1))
     waking = [each.turns.waking_s for each in sweeps if each.turns is not None]
     return Kept(many=min(1.0, many), one=min(1.0, one), waking_s=max(0.0, median(waking or [0.0])))
 
